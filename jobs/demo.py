@@ -1,0 +1,58 @@
+"""The main job end to end on drawn photographs: prepare, train, evaluate. Nothing is downloaded."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from leafnet import demo, terminal
+from leafnet.errors import UserError
+from leafnet.terminal import say
+
+JOBS = Path(__file__).parent
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all it makes")
+    out: Path = parser.parse_args(argv).out
+    photographs, shards, runs = out / "photographs", out / "shards", out / "runs"
+
+    with terminal.progress("draw", 3 * 80) as advance:
+        advance(demo.write_photographs(photographs))
+    run("prepare.py", "--source", photographs, "--out", shards, "--overwrite")
+    config = JOBS / "demo.yaml"
+    run("train.py", "--config", config, "--shards", shards, "--out", runs, "--name", "demo")
+    run("evaluate.py", "--model", runs / "demo" / "model", "--shards", shards, "--split", "test")
+
+    say()
+    say("The backbone had random weights: this was a check of the pipeline, not of accuracy.")
+    say(f"  photographs  {photographs}")
+    say(f"  shards       {shards}")
+    say(f"  model        {runs / 'demo' / 'model'}")
+    say(f"  results      {runs / 'demo'}: metrics.json history.csv curves.png confusion.png")
+    say("The same with ImageNet weights, which are downloaded once:")
+    say(f"  {_python()} jobs/train.py --shards {shards} --out {runs} --name imagenet")
+
+
+def run(job: str, *arguments: str | Path) -> None:
+    """Run a job as a person would, showing the command."""
+    words = [f"jobs/{job}", *map(str, arguments)]
+    say()
+    say(f"$ {_python()} {shlex.join(words)}", style="bold")
+    done = subprocess.run([sys.executable, JOBS / job, *map(str, arguments)], check=False)
+    if done.returncode:
+        raise UserError("demo-failed", f"jobs/{job} ended with code {done.returncode}, see above")
+
+
+def _python() -> str:
+    """How to call this Python, short where that is possible."""
+    path = Path(sys.executable)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

@@ -1,0 +1,30 @@
+"""Evaluate a published model: every image of a split exactly once."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, terminal
+
+EXAMPLES = """\
+  python jobs/evaluate.py --model runs/potato/model --shards data/shards
+  python jobs/evaluate.py --model runs/potato/model --shards data/shards --split all
+  python jobs/evaluate.py --model runs/potato/model --shards data/shards --out metrics.json
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.EvaluateSettings,
+        argv,
+        prog="jobs/evaluate.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    # After the settings are known to be right: Ray takes seconds to import.
+    from leafnet import runs
+
+    runs.evaluate(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

@@ -1,0 +1,31 @@
+"""Turn a folder of photographs into shards: checked, de-duplicated, split and shuffled."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, sources, terminal
+
+EXAMPLES = """\
+  python jobs/prepare.py --source photos --out data/shards
+  python jobs/prepare.py --source s3://bucket/photos --out s3://bucket/shards --split 70/15/15
+  python jobs/prepare.py --source photos --out data/shards --group "plant_([0-9]+)"
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.PrepareSettings,
+        argv,
+        prog="jobs/prepare.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    listing = sources.look(settings.source)
+    # After the settings and the source are known to be right: Ray takes seconds to import.
+    from leafnet import ingest
+
+    ingest.run(settings, listing)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

@@ -1,0 +1,30 @@
+"""Train a classifier on the shards of jobs/prepare.py and publish it."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, terminal
+
+EXAMPLES = """\
+  python jobs/train.py --shards data/shards --name potato
+  python jobs/train.py --config jobs/train.yaml --name potato --head.epochs 80
+  python jobs/train.py --shards data/shards --name check --weights random --workers 2
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.TrainSettings,
+        argv,
+        prog="jobs/train.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    # After the settings are known to be right: Ray takes seconds to import.
+    from leafnet import runs
+
+    runs.train(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

@@ -1,0 +1,418 @@
+"""YAML and command line into typed, frozen settings.
+
+Defaults come first, then the file named by `--config`, then the flags. A key that does not exist
+and a value that cannot be are refused by name, before any machine is taken.
+"""
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from leafnet import storage
+from leafnet.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+Url = str
+Auto = Literal["auto"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and closed to keys that do not exist."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RaySettings(Settings):
+    """Where the work runs."""
+
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster; none: the one of RAY_ADDRESS or of `ray start` on this "
+        "machine, else a local one for this job",
+    )
+    cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of a local Ray [CPUs]; none: the machine's"
+    )
+
+
+class PrepareSettings(Settings):
+    """Settings of jobs/prepare.py."""
+
+    source: Url = Field(
+        description="photographs: a folder of class folders, the same under train/valid/test, "
+        "Parquet in the Hugging Face image layout, or WebDataset tars"
+    )
+    out: Url = Field(description="folder or URL for the shards")
+    split: str = Field(
+        "80/10/10",
+        pattern=r"^\d+/\d+/\d+$",
+        description="shares of train/valid/test [%] where the source has no split of its own",
+    )
+    group: str | None = Field(
+        None,
+        description="regular expression on the key; photographs with the same match (of group 1, "
+        "if there is one) stay in one split, such as all of one plant",
+    )
+    duplicates: Literal["drop", "report"] = Field(
+        "drop",
+        description="identical pictures across splits (train gives way to valid, valid to test) "
+        "and under different labels (all dropped)",
+    )
+    near_duplicates: Literal["drop", "report"] = Field(
+        "report", description="the same for pictures that look alike"
+    )
+    near_distance: int = Field(
+        3,
+        ge=0,
+        le=3,
+        description="perceptual hashes at most this far apart look alike [bits of 64]",
+    )
+    shard_mb: int = Field(64, ge=1, le=1024, description="size of a shard [MB]")
+    row_group: int = Field(256, ge=1, description="rows of a row group [images]")
+    max_megapixels: int = Field(
+        120, ge=1, description="a larger photograph is refused before it is decoded [megapixels]"
+    )
+    seed: int = Field(0, ge=0, description="seed of split and order")
+    overwrite: bool = Field(False, description="replace the data set at --out")
+    ray: RaySettings = RaySettings()
+
+    @field_validator("split")
+    @classmethod
+    def _shares_add_up(cls, value: str) -> str:
+        shares = [int(share) for share in value.split("/")]
+        if sum(shares) != 100 or not shares[0]:
+            raise ValueError(
+                f"the three shares must add up to 100 with some for train, got {value}"
+            )
+        return value
+
+
+class HeadSettings(Settings):
+    """The classifier's head and how it is fitted on the features."""
+
+    units: tuple[int, ...] = Field(
+        (512,),
+        description="widths of the hidden layers [units], such as 512 or 512,128; empty: none",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each hidden layer [share]")
+    epochs: int = Field(50, ge=1, description="passes over the training images [epochs]")
+    batch_size: int = Field(
+        32, ge=1, description="global batch, shared out among the workers [images]"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up to the peak [epochs]")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of AdamW")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share spread over all classes")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: every class counts the same in the loss"
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop when the validation loss has not improved for so long [epochs]; "
+        "none: run all epochs",
+    )
+
+    @field_validator("units")
+    @classmethod
+    def _widths_positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(width < 1 for width in value):
+            raise ValueError(f"every width must be at least 1, got {value}")
+        return value
+
+
+class CacheSettings(Settings):
+    """Where computed features are kept."""
+
+    url: Url | None = Field(
+        None, description="folder or URL shared by runs; none: `features` beside the runs"
+    )
+    max_gb: float | None = Field(
+        None,
+        gt=0,
+        description="evict the least recently used features above this [GB]; none: never",
+    )
+
+
+class CheckpointSettings(Settings):
+    """How often the state of training is saved."""
+
+    every_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="at the end of an epoch, when the last is this old [s]; 0: every epoch",
+    )
+
+
+class TrainSettings(Settings):
+    """Settings of jobs/train.py."""
+
+    shards: Url = Field(description="data set that jobs/prepare.py wrote")
+    out: Url = Field("runs", description="folder or URL of all runs")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of this run, a folder below --out",
+    )
+    weights: str = Field(
+        "imagenet",
+        description="of the ResNet50: imagenet, random, or path or URL of an .h5 or .weights.h5",
+    )
+    image_size: int = Field(
+        256, ge=32, le=1024, description="images are resized to a square [pixels]"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
+    )
+    workers: int | Auto = Field(
+        "auto", description="Ray Train workers; auto: one for each GPU, or one on CPUs"
+    )
+    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    features: Literal["cached", "online"] = Field(
+        "cached",
+        description="cached: the frozen backbone runs once over each view; online: in every epoch",
+    )
+    views: int = Field(
+        8, ge=1, le=256, description="views of each training image in the cache; the first is plain"
+    )
+    augment: bool = Field(
+        True, description="flip and rotate (up to 0.2 turn) the views after the first"
+    )
+    batch_size: int | Auto = Field(
+        "auto", description="images in one pass of the backbone; auto: 32 on CPU, 256 on GPU"
+    )
+    seed: int = Field(0, ge=0, description="seed of initial weights, order, views and dropout")
+    head: HeadSettings = HeadSettings()
+    cache: CacheSettings = CacheSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    ray: RaySettings = RaySettings()
+
+    @field_validator("workers", "batch_size")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be auto or at least 1, got {value}")
+        return value
+
+
+class EvaluateSettings(Settings):
+    """Settings of jobs/evaluate.py."""
+
+    model: Url = Field(description="a published model, runs/NAME/model")
+    shards: Url = Field(description="data set that jobs/prepare.py wrote")
+    split: Literal["train", "valid", "test", "all"] = Field(
+        "test", description="what to evaluate on"
+    )
+    out: Url | None = Field(
+        None, description="file or URL for the metrics as JSON; none: not written"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
+    )
+    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    batch_size: int | Auto = Field(
+        "auto", description="images in one pass; auto: 32 on CPU, 256 on GPU"
+    )
+    ray: RaySettings = RaySettings()
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def parse(
+    settings_class: type[SettingsT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    examples: str = "",
+) -> SettingsT:
+    """Settings from `argv`, over those of the YAML file that `--config` names, over the defaults.
+
+    Raises:
+        UserError: an unknown flag or key, with the nearest that exists; an impossible value.
+        SystemExit: after `--help`, with code 0.
+    """
+    parser = _parser(settings_class, prog=prog, description=description, examples=examples)
+    known, unknown = parser.parse_known_args(list(argv))
+    flags = vars(known)
+    if unknown:
+        names = [name for name, _ in leaves(settings_class)] + ["config", "help"]
+        raise _unknown("flag", unknown[0].split("=")[0], names, prefix="--")
+    config = flags.pop("config", None)
+    values: dict[str, Any] = _read_yaml(config) if config else {}
+    for name, text in flags.items():
+        _put(values, name, _from_text(text, dict(leaves(settings_class))[name]))
+    return validate(settings_class, values, where=config)
+
+
+def validate(
+    settings_class: type[SettingsT], values: dict[str, Any], *, where: str | None = None
+) -> SettingsT:
+    """`values`, nested as in YAML, as settings.
+
+    Raises:
+        UserError: an unknown key or an impossible value, named with its place.
+    """
+    try:
+        return settings_class.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, settings_class, where) from None
+
+
+def to_yaml(settings: Settings) -> str:
+    """`settings`, complete with defaults, as YAML that `--config` reads."""
+    document = settings.model_dump(mode="json")
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def leaves(settings_class: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name, in order of definition."""
+    for name, field in settings_class.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("bad-flag", f"{message}; {self.prog} --help lists all flags")
+
+
+def _parser(
+    settings_class: type[Settings], *, prog: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file or URL with settings")
+    for name, field in leaves(settings_class):
+        default = "required" if field.is_required() else f"default: {_shown(field.default)}"
+        parser.add_argument(
+            f"--{name}",
+            dest=name,
+            metavar=_metavar(field.annotation),
+            nargs="?" if field.annotation is bool else None,
+            const="true" if field.annotation is bool else None,
+            help=f"{field.description} ({default})".replace("%", "%%"),
+        )
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    """What may be given, in a word.
+
+    >>> _metavar(int), _metavar(int | Literal["auto"]), _metavar(Literal["a", "b"] | None)
+    ('INT', 'INT|auto', 'a|b|none')
+    """
+    if annotation is type(None):
+        return "none"
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return "|".join(_metavar(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"{_metavar(typing.get_args(annotation)[0])},…"
+    names: dict[Any, str] = {bool: "BOOL", str: "TEXT"}
+    return names.get(annotation, annotation.__name__.upper())
+
+
+def _from_text(text: str, field: FieldInfo) -> Any:
+    parts = typing.get_args(field.annotation)
+    if type(None) in parts and text.lower() in ("none", "null"):
+        return None
+    if typing.get_origin(field.annotation) is tuple:
+        return () if text.lower() in ("", "none") else text.split(",")
+    return text
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for i, part in enumerate(path):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError("bad-value", f"{'.'.join(path[: i + 1])} must be a mapping in the YAML")
+    values[last] = value
+
+
+def _read_yaml(url: str) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(storage.read_bytes(url))
+    except FileNotFoundError:
+        raise UserError("no-such-file", f"--config {url} does not exist") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            "bad-yaml", f"{url} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("unreadable", f"cannot read --config {url}: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UserError(
+            "bad-yaml", f"{url} must hold `setting: value` lines, found {type(document)}"
+        )
+    return document
+
+
+def _explain(
+    error: ValidationError, settings_class: type[Settings], where: str | None
+) -> UserError:
+    first, *more = error.errors(include_url=False)
+    names = [name for name, _ in leaves(settings_class)]
+    sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
+    given = ".".join(str(part) for part in first["loc"])
+    place = f" in {where}" if where else ""
+    if first["type"] == "extra_forbidden":
+        return _unknown(f"setting{place}", given, names + sorted(sections))
+    # A union reports a place inside itself, such as `workers.int`.
+    name = max(
+        (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
+        key=len,
+        default=given,
+    )
+    if first["type"] == "missing":
+        described = dict(leaves(settings_class))[name].description
+        return UserError("missing-setting", f"--{name} is required: {described}")
+    message = first["msg"].removeprefix("Value error, ")
+    if (
+        name != given
+        and len({".".join(map(str, e["loc"])).startswith(name) for e in [first, *more]}) == 1
+    ):
+        others = [e["msg"][0].lower() + e["msg"][1:] for e in more if _is_below(e["loc"], name)]
+        message = " or ".join([message, *others])
+    return UserError("bad-value", f"--{name} cannot be {first['input']!r}{place}: {message}")
+
+
+def _is_below(loc: tuple[int | str, ...], name: str) -> bool:
+    return ".".join(map(str, loc)).startswith(name + ".")
+
+
+def _unknown(kind: str, given: str, names: Sequence[str], *, prefix: str = "") -> UserError:
+    bare = given.removeprefix("--")
+    near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5) or [
+        name for name in names if name.rsplit(".", 1)[-1] == bare.rsplit(".", 1)[-1]
+    ]
+    hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all"
+    return UserError("unknown-setting", f"there is no {kind} {given}; {hint}")

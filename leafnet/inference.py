@@ -1,0 +1,286 @@
+"""The frozen network over every photograph of a data set, with Ray Data: features, evaluation.
+
+Two stages. Tasks read whole shards, check and decode them; actors hold the network. A row between
+them is a row group of decoded pixels, so that no group is ever cut in two on its way.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from leafnet import backbone, bundle, classifier, features, shards
+from leafnet.cluster import Board, Machines, limit_threads
+from leafnet.features import Part, Pixels
+from leafnet.images import decode
+from leafnet.metrics import Tally, empty_tally, tally
+from leafnet.shards import Shard, ShardIndex
+
+# Less than what `cluster.machines` leaves beside the actors, also on a single CPU.
+_DECODE_CPUS = 0.25
+
+
+def extract(
+    index: ShardIndex,
+    plan: features.Plan,
+    weights: "ray.ObjectRef[Any]",
+    *,
+    image_size: int,
+    precision: str,
+    batch_size: int,
+    machines: Machines,
+    advance: Callable[[int], None],
+) -> None:
+    """Compute and store the missing parts of `plan`.
+
+    Args:
+        index: of the data set that the parts belong to.
+        plan: what is missing, and where it goes.
+        weights: `backbone.Weights.convolutions`, in Ray's object store.
+        image_size: pixels.
+        precision: of the backbone.
+        batch_size: views in one forward pass.
+        machines: what there is to run on.
+        advance: called with each count of views that is finished.
+    """
+    groups: dict[Shard, dict[int, list[Part]]] = {}
+    for part in plan.missing:
+        groups.setdefault(part.shard, {}).setdefault(part.row_group, []).append(part)
+    board = Board()
+    results = _over_shards(
+        index,
+        list(groups),
+        wanted={shard.name: set(of_shard) for shard, of_shard in groups.items()},
+        image_size=image_size,
+        actor=_Extractor,
+        actor_args=(weights, image_size, precision, batch_size, plan.root, groups, board.handle),
+        machines=machines,
+    )
+    with board.follow(advance):
+        for _ in results.iter_rows():
+            pass
+
+
+def evaluate(
+    model: bundle.Bundle,
+    index: ShardIndex,
+    splits: Sequence[str],
+    *,
+    precision: str,
+    batch_size: int,
+    machines: Machines,
+    advance: Callable[[int], None],
+) -> dict[str, Tally]:
+    """Every example of `splits` once through `model`; the counts of each split.
+
+    Raises:
+        RuntimeError: the examples counted are not those of the index.
+    """
+    totals = {split: empty_tally(len(index.class_names)) for split in splits}
+    wanted = [shard for split in splits for shard in index.of_split(split)]
+    split_of = {shard.name: shard.split for shard in wanted}
+    board = Board()
+    network = (ray.put(model.convolutions), ray.put(model.head))
+    results = _over_shards(
+        index,
+        wanted,
+        wanted=None,
+        image_size=model.image_size,
+        actor=_Evaluator,
+        actor_args=(*network, model.image_size, precision, batch_size, board.handle),
+        machines=machines,
+    )
+    with board.follow(advance):
+        for row in results.iter_rows():
+            totals[split_of[row["shard"]]] += Tally(
+                confusion=np.asarray(row["confusion"], np.int64),
+                log_loss_sum=float(row["log_loss_sum"]),
+                bin_count=np.asarray(row["bin_count"], np.int64),
+                bin_correct=np.asarray(row["bin_correct"], np.int64),
+                bin_confidence=np.asarray(row["bin_confidence"], np.float64),
+            )
+    for split, total in totals.items():
+        if total.examples != index.examples(split):
+            raise RuntimeError(
+                f"evaluated {total.examples} examples of {split}, which has {index.examples(split)}"
+            )
+    return totals
+
+
+def _over_shards(
+    index: ShardIndex,
+    wanted_shards: Sequence[Shard],
+    *,
+    wanted: dict[str, set[int]] | None,
+    image_size: int,
+    actor: type,
+    actor_args: tuple[Any, ...],
+    machines: Machines,
+) -> "ray.data.Dataset":
+    """The pipeline: shards -> row groups of pixels -> what `actor` makes of each."""
+    # A block each: `repartition` would do it with a task that takes a whole CPU, which a machine
+    # with two has not left beside the actor, and the job would wait for ever.
+    items = [pa.table({"shard": [shard.name]}) for shard in wanted_shards]
+    by_name = {shard.name: shard for shard in wanted_shards}
+
+    def decode_shard(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+        for name in batch["shard"]:
+            groups = None if wanted is None else wanted[name]
+            yield from _decoded_groups(index.root, by_name[name], groups, image_size)
+
+    return (
+        ray.data.from_arrow(items)
+        .map_batches(decode_shard, batch_size=1, num_cpus=_DECODE_CPUS)
+        .map_batches(
+            actor,
+            batch_size=1,
+            fn_constructor_args=(*actor_args, machines.threads_per_actor, machines.gpus > 0),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=machines.actors, initial_size=_useful(machines, wanted_shards)
+            ),
+            num_cpus=machines.cpus_per_actor,
+            num_gpus=1 if machines.gpus else 0,
+        )
+    )
+
+
+def _useful(machines: Machines, wanted_shards: Sequence[Shard]) -> int:
+    return min(machines.actors, sum(len(shard.row_groups) for shard in wanted_shards))
+
+
+def _decoded_groups(
+    root: str, shard: Shard, groups: set[int] | None, image_size: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    for i, table in enumerate(shards.row_groups(root, shard)):
+        if groups is not None and i not in groups:
+            continue
+        pixels = np.stack(
+            [decode(image, image_size).pixels for image in table.column("image").to_pylist()]
+        )
+        yield {
+            "shard": np.array([shard.name]),
+            "row_group": np.array([i]),
+            # One string, because Ray would pickle an array of lists.
+            "keys": np.array(["\n".join(table.column("key").to_pylist())]),
+            "labels": table.column("label").to_numpy()[None],
+            "pixels": pixels[None],
+        }
+
+
+class _Extractor:
+    """An actor that turns a row group of pixels into its missing parts."""
+
+    def __init__(
+        self,
+        weights: Any,
+        image_size: int,
+        precision: str,
+        batch_size: int,
+        root: str,
+        groups: dict[Shard, dict[int, list[Part]]],
+        board: Any,
+        threads: int,
+        gpu: bool,
+    ) -> None:
+        limit_threads(threads, gpu=gpu)
+        weights = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
+        self._network = backbone.build(weights, image_size=image_size, precision=precision)
+        self._batch_size = batch_size
+        self._root, self._board = root, board
+        self._parts = {shard.name: of_shard for shard, of_shard in groups.items()}
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        shard, group = str(batch["shard"][0]), int(batch["row_group"][0])
+        pixels, keys = batch["pixels"][0], str(batch["keys"][0]).split("\n")
+        for part in self._parts[shard][group]:
+            views = range(part.first, part.stop)
+            out = np.empty((len(keys) * len(views), backbone.FEATURES), np.float16)
+            done = 0
+            for stack in _ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size)):
+                rows = min(len(out) - done, len(stack))
+                out[done : done + rows] = self._network.predict_on_batch(stack)[:rows]
+                done += rows
+                self._board.post.remote(rows)
+            features.write_part(
+                self._root,
+                part,
+                out.reshape(len(keys), len(views), -1),
+                np.asarray(batch["labels"][0], np.int32),
+            )
+        return {"shard": batch["shard"], "row_group": batch["row_group"]}
+
+
+def _view_batches(
+    pixels: Pixels, keys: Sequence[str], views: range, seed: int, batch_size: int
+) -> Iterator[Pixels]:
+    """All views of all examples, example by example, in stacks of `batch_size`, the last padded."""
+    total = len(keys) * len(views)
+    for start in range(0, total, batch_size):
+        stack = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+        for i in range(start, min(start + batch_size, total)):
+            example, view = divmod(i, len(views))
+            stack[i - start] = features.draw_view(
+                pixels[example], key=keys[example], number=views[view], seed=seed
+            )
+        yield stack
+
+
+def _ahead(batches: Iterator[Pixels], depth: int = 2) -> Iterator[Pixels]:
+    """`batches`, drawn by a thread while the network works on the one before."""
+    ready: queue.Queue[Pixels | BaseException | None] = queue.Queue(depth)
+
+    def draw() -> None:
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=draw, daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+class _Evaluator:
+    """An actor that counts how the classifier does on a row group."""
+
+    def __init__(
+        self,
+        weights: Any,
+        head: Any,
+        image_size: int,
+        precision: str,
+        batch_size: int,
+        board: Any,
+        threads: int,
+        gpu: bool,
+    ) -> None:
+        limit_threads(threads, gpu=gpu)
+        weights, head = (
+            ray.get(value) if isinstance(value, ray.ObjectRef) else value
+            for value in (weights, head)
+        )
+        self._network = classifier.build(weights, head, image_size=image_size, precision=precision)
+        self._batch_size, self._board = batch_size, board
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        logits = bundle.forward(self._network, batch["pixels"][0], batch_size=self._batch_size)
+        counts = tally(logits, np.asarray(batch["labels"][0], np.int64))
+        self._board.post.remote(counts.examples)
+        return {
+            "shard": batch["shard"],
+            "confusion": counts.confusion[None],
+            "log_loss_sum": np.array([counts.log_loss_sum]),
+            "bin_count": counts.bin_count[None],
+            "bin_correct": counts.bin_correct[None],
+            "bin_confidence": counts.bin_confidence[None],
+        }

@@ -1,0 +1,544 @@
+"""What jobs/train.py and jobs/evaluate.py do, in the order in which it happens."""
+
+import csv
+import io
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import yaml
+
+from leafnet import (
+    backbone,
+    bundle,
+    checkpoint,
+    cluster,
+    config,
+    features,
+    inference,
+    metrics,
+    plots,
+    shards,
+    storage,
+    terminal,
+)
+from leafnet.classifier import fold_standardisation
+from leafnet.config import SPLITS, EvaluateSettings, TrainSettings
+from leafnet.errors import UserError
+from leafnet.shards import ShardIndex
+from leafnet.terminal import say
+from leafnet.training import steps_per_epoch
+
+# Settings that change where and how fast a run computes, and not what.
+_PLACEMENT = ("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray.")
+
+_CPU_BATCH, _GPU_BATCH = 32, 256
+
+
+class _Features(NamedTuple):
+    """Where the features of each split are, and what a forward pass was like."""
+
+    root: str
+    parts: dict[str, tuple[features.Part, ...]]
+    views: int
+
+
+def train(settings: TrainSettings) -> None:
+    """Train and publish a model at `out`/`name`, going on where an earlier start stopped.
+
+    Raises:
+        UserError: something in the settings, the data or the weights is wrong.
+    """
+    settings = settings.model_copy(
+        update={"out": storage.absolute(settings.out), "shards": storage.absolute(settings.shards)}
+    )
+    run = storage.join(settings.out, settings.name)
+    index = shards.read_index(settings.shards)
+    shards.check_sizes(index)
+    _check_data(index)
+    started_before = _check_same_settings(run, settings)
+    if started_before and _finished(run, index):
+        say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
+        return
+    with _log(run, "train.log"):
+        say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
+        _train(settings, run, index)
+
+
+def _train(settings: TrainSettings, run: str, index: ShardIndex) -> None:
+    began = time.monotonic()
+    # What can be refused is refused before a machine is taken.
+    weights = backbone.load_weights(settings.weights, seed=settings.seed)
+    with cluster.session(settings.ray) as nodes:
+        _train_on(nodes, settings, run, index, weights, began)
+
+
+def _train_on(
+    nodes: list[cluster.Node],
+    settings: TrainSettings,
+    run: str,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    began: float,
+) -> None:
+    seconds: dict[str, float] = {}
+    machines = cluster.machines(nodes, settings.gpu)
+    workers, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
+    precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
+    batch_size = _batch_size(settings.batch_size, machines)
+    storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
+    _say_plan(settings, index, machines, workers, precision, why)
+    seconds["start"] = time.monotonic() - began
+
+    reference = ray.put(weights.convolutions)
+    for attempt in range(3):
+        began_stage = time.monotonic()
+        computed = _features(settings, index, weights, reference, precision, batch_size, machines)
+        seconds["features"] = seconds.get("features", 0.0) + time.monotonic() - began_stage
+        began_stage = time.monotonic()
+        try:
+            result = _fit_head(
+                settings,
+                run,
+                index,
+                weights,
+                reference,
+                computed,
+                precision,
+                batch_size,
+                workers=workers,
+                cpus=cpus,
+                gpu=machines.gpus > 0,
+            )
+            break
+        except features.DamagedParts as error:
+            if attempt == 2:
+                raise
+            say(f"{error}; computing them again")
+            for name in error.names:
+                storage.delete(storage.join(computed.root, name))
+    seconds["head"] = time.monotonic() - began_stage
+
+    began_stage = time.monotonic()
+    for split in SPLITS:
+        if result.tallies[split].examples != index.examples(split):
+            raise RuntimeError(
+                f"evaluated {result.tallies[split].examples} examples of {split}, which has "
+                f"{index.examples(split)}"
+            )
+    scores = {
+        split: metrics.scores(result.tallies[split], index.class_names)
+        for split in reversed(SPLITS)
+        if index.examples(split)
+    }
+    _write_results(run, result.state.history, scores, index.class_names)
+    model_id = bundle.save(
+        storage.join(run, "model"),
+        convolutions=weights.convolutions,
+        head=fold_standardisation(
+            result.state.best_head, mean=result.mean, deviation=result.deviation
+        ),
+        class_names=index.class_names,
+        image_size=settings.image_size,
+        provenance=_provenance(settings, index, weights, precision, scores, result.state),
+    )
+    seconds["publish"] = time.monotonic() - began_stage
+    seconds["total"] = time.monotonic() - began
+    storage.write_json(
+        storage.join(run, "run.json"),
+        {
+            "model_id": model_id,
+            "finished_at": _now(),
+            "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+            "workers": workers,
+            "gpus": machines.gpus,
+            "precision": precision,
+            "epochs": result.state.epoch,
+            "best_epoch": result.state.best_epoch,
+            "versions": bundle.versions(),
+        },
+    )
+    _say_results(run, scores, model_id, seconds["total"], result.state)
+
+
+def _check_data(index: ShardIndex) -> None:
+    if not index.examples("train"):
+        raise UserError("no-training-data", f"{index.root} has no training images")
+    if len(index.class_names) < 2:
+        raise UserError(
+            "one-class",
+            f"{index.root} has one class only, {index.class_names[0]}; a classifier "
+            "needs at least two",
+        )
+
+
+def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that change the result, flat: dotted name -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _decisive(value, f"{prefix}{name}.")
+        elif not f"{prefix}{name}".startswith(_PLACEMENT):
+            flat[prefix + name] = value
+    return flat
+
+
+def _check_same_settings(run: str, settings: TrainSettings) -> bool:
+    """True when the run was started before, with the same settings."""
+    try:
+        stored = yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml")))
+    except FileNotFoundError:
+        return False
+    found, wanted = _decisive(stored), _decisive(settings.model_dump(mode="json"))
+    checkpoint.compare_identity(found, wanted, where=f"run {run}")
+    return True
+
+
+def _finished(run: str, index: ShardIndex) -> bool:
+    """True when the run's model is published, for the data set as it is.
+
+    Raises:
+        UserError: the data set is another one than the model was trained on.
+    """
+    try:
+        description = storage.read_json(storage.join(run, "model", "model.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if description["data"]["fingerprint"] != index.fingerprint:
+        raise UserError(
+            "other-data",
+            f"run {run} was trained on another data set than {index.root} holds now; train under "
+            "another --name",
+        )
+    return storage.exists(storage.join(run, "run.json"))
+
+
+@contextmanager
+def _log(run: str, name: str) -> Any:
+    """Chatter goes to a local file; that of a remote run is copied there at the end."""
+    if storage.is_local(run):
+        with terminal.chatter_to(Path(run) / name):
+            yield
+        return
+    path = Path(tempfile.mkdtemp(prefix="leafnet-")) / name
+    try:
+        with terminal.chatter_to(path):
+            yield
+    finally:
+        storage.write_bytes(storage.join(run, name), path.read_bytes())
+
+
+def _batch_size(wanted: int | str, machines: cluster.Machines) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    return _GPU_BATCH if machines.gpus else _CPU_BATCH
+
+
+def _views(settings: TrainSettings) -> int:
+    # Online draws its own; without augmentation all views are the plain one.
+    cached = settings.features == "cached" and settings.augment
+    return settings.views if cached else 1
+
+
+def _say_plan(
+    settings: TrainSettings,
+    index: ShardIndex,
+    machines: cluster.Machines,
+    workers: int,
+    precision: str,
+    why: str,
+) -> None:
+    examples = index.examples("train")
+    batch = min(settings.head.batch_size, examples)
+    steps = steps_per_epoch(examples, batch)
+    counts = "/".join(f"{index.examples(split):,}" for split in SPLITS)
+    device = f"{machines.gpus} GPU" if machines.gpus else "CPU"
+    say(f"data      {counts} images for train/valid/test, {len(index.class_names)} classes")
+    note = ": a check of the pipeline, not of accuracy" if settings.weights == "random" else ""
+    say(f"backbone  ResNet50, {settings.weights} weights{note}, {settings.image_size} pixels")
+    say(f"device    {device}, {precision} ({why})")
+    say(
+        f"head      {settings.head.epochs} epochs of {steps} steps = "
+        f"{settings.head.epochs * steps:,}; global batch {batch}, "
+        f"{batch / workers:g} on each of {workers} worker{'s' * (workers > 1)}"
+    )
+
+
+def _features(
+    settings: TrainSettings,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    reference: Any,
+    precision: str,
+    batch_size: int,
+    machines: cluster.Machines,
+) -> _Features:
+    """Compute what the cache lacks."""
+    cache = storage.absolute(settings.cache.url or storage.join(settings.out, "features"))
+    key = features.cache_key(
+        weights_fingerprint=weights.fingerprint,
+        image_size=settings.image_size,
+        precision=precision,
+    )
+    root, views = storage.join(cache, key), _views(settings)
+    wanted = [(shard, views if shard.split == "train" else 1) for shard in index.shards]
+    plan = features.plan(root, wanted, seed=settings.seed)
+    features.mark_used(root)
+    if settings.cache.max_gb is not None:
+        for name in features.evict(cache, max_gb=settings.cache.max_gb, keep=key):
+            say(f"evicted {storage.join(cache, name)} from the cache")
+    total = sum(part.rows * (part.stop - part.first) for part in plan.parts)
+    missing = sum(part.rows * (part.stop - part.first) for part in plan.missing)
+    if missing < total:
+        say(f"features  {total - missing:,} of {total:,} views are in the cache {root}")
+    if plan.missing:
+        with terminal.progress("features", missing, unit="views") as advance:
+            inference.extract(
+                index,
+                plan,
+                reference,
+                image_size=settings.image_size,
+                precision=precision,
+                batch_size=batch_size,
+                machines=machines,
+                advance=advance,
+            )
+    parts = {
+        split: tuple(part for part in plan.parts if part.shard.split == split) for split in SPLITS
+    }
+    return _Features(root, parts, views)
+
+
+def _fit_head(
+    settings: TrainSettings,
+    run: str,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    reference: Any,
+    computed: _Features,
+    precision: str,
+    batch_size: int,
+    *,
+    workers: int,
+    cpus: float,
+    gpu: bool,
+) -> cluster.HeadResult:
+    identity = _decisive(settings.model_dump(mode="json")) | {
+        "data": index.fingerprint,
+        "weights_fingerprint": weights.fingerprint,
+        "precision": precision,
+    }
+    online = None
+    if settings.features == "online":
+        online = cluster.Online(
+            root=index.root,
+            shards=index.of_split("train"),
+            weights=reference,
+            image_size=settings.image_size,
+            precision=precision,
+            augment=settings.augment,
+            batch_size=batch_size,
+        )
+    job = cluster.HeadJob(
+        head=settings.head,
+        class_names=index.class_names,
+        seed=settings.seed,
+        save_every_s=settings.checkpoint.every_seconds,
+        identity=identity,
+        cache_root=computed.root,
+        parts=computed.parts,
+        views=computed.views,
+        online=online,
+    )
+    best = float("inf")
+    with terminal.progress("head", settings.head.epochs, unit="epochs") as advance:
+
+        def on_epoch(row: dict[str, float]) -> None:
+            nonlocal best
+            is_best = row.get("valid_loss", best) < best
+            best = min(best, row.get("valid_loss", best))
+            say(_epoch_line(row, settings.head.epochs) + ("   best" if is_best else ""))
+            advance(1)
+
+        return cluster.fit_head(
+            job,
+            workers=workers,
+            cpus_per_worker=cpus,
+            gpu=gpu,
+            storage_path=run,
+            on_epoch=on_epoch,
+        )
+
+
+def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    line = (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}   "
+        f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}"
+    )
+    if "valid_loss" in row:
+        line += f"   valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:.3f}"
+    return line
+
+
+def _write_results(
+    run: str,
+    history: Sequence[dict[str, float]],
+    scores: Mapping[str, Any],
+    class_names: Sequence[str],
+) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    storage.write_bytes(storage.join(run, "history.csv"), text.getvalue().encode())
+    storage.write_json(storage.join(run, "metrics.json"), scores)
+    storage.write_bytes(storage.join(run, "curves.png"), plots.curves_png(history))
+    shown = next(iter(scores))
+    storage.write_bytes(
+        storage.join(run, "confusion.png"),
+        plots.confusion_png(scores[shown]["confusion"], class_names, title=f"{shown} split"),
+    )
+
+
+def _provenance(
+    settings: TrainSettings,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    precision: str,
+    scores: Mapping[str, Any],
+    state: checkpoint.TrainState,
+) -> dict[str, Any]:
+    return {
+        "trained_at": _now(),
+        "precision": precision,
+        "head": ", ".join(map(str, [*settings.head.units, len(index.class_names)])) + " units",
+        "backbone": {"source": weights.source, "fingerprint": weights.fingerprint},
+        "data": {
+            "shards": index.root,
+            "fingerprint": index.fingerprint,
+            "examples": {split: index.examples(split) for split in SPLITS},
+        },
+        "best_epoch": state.best_epoch,
+        "metrics": dict(scores),
+        "settings": settings.model_dump(mode="json"),
+        "versions": bundle.versions(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _say_results(
+    run: str,
+    scores: Mapping[str, Any],
+    model_id: str,
+    seconds: float,
+    state: checkpoint.TrainState,
+) -> None:
+    say_scores(scores)
+    say(f"model     {storage.join(run, 'model')}   id {model_id}, of epoch {state.best_epoch}")
+    say(f"also in   {run}: metrics.json history.csv curves.png confusion.png config.yaml")
+    say(f"log       {storage.join(run, 'train.log')}")
+    say(f"done in {terminal.duration(seconds)}")
+
+
+def say_scores(scores: Mapping[str, Any]) -> None:
+    """Print a table of results: a row a split, then the classes of the first split."""
+    terminal.table(
+        "",
+        ["split", "images", "accuracy", "95 % interval", "macro F1", "log loss", "ECE"],
+        [
+            [
+                split,
+                f"{of_split['examples']:,}",
+                f"{of_split['accuracy']:.3f}",
+                f"{of_split['accuracy_low']:.3f} to {of_split['accuracy_high']:.3f}",
+                f"{of_split['macro_f1']:.3f}",
+                f"{of_split['log_loss']:.3f}",
+                f"{of_split['ece']:.3f}",
+            ]
+            for split, of_split in scores.items()
+        ],
+    )
+    first = next(iter(scores))
+    terminal.table(
+        "",
+        [f"class ({first})", "images", "precision", "recall", "F1"],
+        [
+            [
+                name,
+                f"{of_class['support']:,}",
+                f"{of_class['precision']:.3f}",
+                f"{of_class['recall']:.3f}",
+                f"{of_class['f1']:.3f}",
+            ]
+            for name, of_class in scores[first]["per_class"].items()
+        ],
+    )
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    """Evaluate a published model on a split of a data set, every image once.
+
+    Raises:
+        UserError: no model, no data set, or they have other classes.
+    """
+    model = bundle.load(settings.model)
+    index = shards.read_index(settings.shards)
+    shards.check_sizes(index)
+    if model.class_names != index.class_names:
+        raise UserError(
+            "other-classes",
+            f"the model {model.url} has the classes {', '.join(model.class_names)}; the data set "
+            f"{index.root} has {', '.join(index.class_names)}",
+        )
+    splits = [
+        split
+        for split in reversed(SPLITS)
+        if settings.split in (split, "all") and index.examples(split)
+    ]
+    if not splits:
+        raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
+    log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
+    with terminal.chatter_to(log):
+        with cluster.session(settings.ray) as nodes:
+            machines = cluster.machines(nodes, settings.gpu)
+            precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
+            total = sum(index.examples(split) for split in splits)
+            say(f"model     {model.url}   id {model.model_id}")
+            say(
+                f"device    {f'{machines.gpus} GPU' if machines.gpus else 'CPU'}, {precision} ({why})"
+            )
+            with terminal.progress("evaluate", total) as advance:
+                tallies = inference.evaluate(
+                    model,
+                    index,
+                    splits,
+                    precision=precision,
+                    batch_size=_batch_size(settings.batch_size, machines),
+                    machines=machines,
+                    advance=advance,
+                )
+        scores = {split: metrics.scores(tallies[split], index.class_names) for split in splits}
+        say_scores(scores)
+        if settings.out:
+            storage.write_json(settings.out, scores)
+            say(f"metrics   {settings.out}")
+        say(f"log       {log}")

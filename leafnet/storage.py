@@ -1,0 +1,203 @@
+"""URLs and files: local paths and every protocol that fsspec knows (`s3://`, `https://`, …).
+
+Nothing is ever seen half written: a local file is written aside and renamed, an object store
+makes an object visible when its upload is complete.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from leafnet.errors import UserError
+
+
+class File(NamedTuple):
+    """A listed file: its URL and its size in bytes."""
+
+    url: str
+    size: int
+
+
+def absolute(url: str) -> str:
+    """`url` as every process of the job understands it: local paths are made absolute.
+
+    >>> absolute("s3://bucket/shards/")
+    's3://bucket/shards'
+    """
+    if is_local(url):
+        return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+    return url.rstrip("/")
+
+
+def is_local(url: str) -> bool:
+    """True for a path or a file:// URL."""
+    return "://" not in url or url.startswith("file://")
+
+
+def join(url: str, *parts: str) -> str:
+    """`parts` below `url`.
+
+    >>> join("s3://bucket/runs/", "potato", "model")
+    's3://bucket/runs/potato/model'
+    """
+    return posixpath.join(url, *parts) if is_local(url) else "/".join((url.rstrip("/"), *parts))
+
+
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of `url` and the path in it.
+
+    Raises:
+        UserError: an unknown protocol, or one whose package is not installed.
+    """
+    protocol = "file" if is_local(url) else url.split("://", 1)[0]
+    try:
+        return _filesystem(protocol, os.getpid()), _strip(url)
+    except (ValueError, ImportError) as error:
+        raise UserError("unknown-protocol", f"cannot open {url}: {error}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _filesystem(protocol: str, pid: int) -> AbstractFileSystem:
+    # One a process: an asynchronous filesystem does not survive a fork. Listings are never
+    # cached, because other processes write what this one waits for.
+    return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+
+
+def _strip(url: str) -> str:
+    if is_local(url):
+        return absolute(url)
+    return str(fsspec.utils.get_protocol(url) and fsspec.core.strip_protocol(url))
+
+
+def exists(url: str) -> bool:
+    """True when a file or folder is at `url`."""
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def is_folder(url: str) -> bool:
+    """True when `url` is a folder, or a prefix with something below it."""
+    fs, path = filesystem(url)
+    return bool(fs.isdir(path))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole content of `url`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    fs, path = filesystem(url)
+    return bytes(fs.cat_file(path))
+
+
+def read_json(url: str) -> Any:
+    """The JSON document at `url`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise UserError("not-json", f"{url} is not valid JSON: {error}") from None
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write `data` to `url`, replacing what is there, in one step as readers see it."""
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(url: str, document: Any) -> None:
+    """Write `document` as indented JSON. NaN is refused: other readers do not know it."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(url, (text + "\n").encode())
+
+
+def list_files(url: str) -> list[File]:
+    """Every file below the folder or prefix `url`, sorted by URL; empty when there is none.
+
+    Hidden files and folders (`.name`) and what is being written (`*.tmp`) are left out.
+    """
+    fs, path = filesystem(url)
+    url, found = absolute(url), fs.find(path, detail=True)
+    below = len(path.rstrip("/")) + 1
+    # URLs keep the spelling that was asked for; `unstrip_protocol` of some filesystems changes it.
+    return [
+        File(join(url, name[below:]) if name[below:] else url, int(info.get("size") or 0))
+        for name, info in sorted(found.items())
+        if info.get("type", "file") == "file"
+        and not name.endswith(".tmp")
+        and not any(part.startswith(".") for part in name[below:].split("/"))
+    ]
+
+
+def list_names(url: str) -> list[str]:
+    """Names of the files and folders directly in `url`, sorted; empty when there is none."""
+    fs, path = filesystem(url)
+    try:
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def delete(url: str) -> None:
+    """Delete the file or folder at `url`, if there is one."""
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=fs.isdir(path))
+
+
+def upload_folder(folder: str | Path, url: str) -> None:
+    """Copy the files of the local `folder`, one level deep, to `url`."""
+    for file in sorted(Path(folder).iterdir()):
+        write_bytes(join(url, file.name), file.read_bytes())
+
+
+@contextmanager
+def local_copy(url: str) -> Iterator[str]:
+    """A local path with the content of the file at `url`, for libraries that read only paths."""
+    if is_local(url):
+        yield absolute(url)
+        return
+    fs, path = filesystem(url)
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"leafnet-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    try:
+        local = folder / posixpath.basename(path)
+        fs.get_file(path, str(local))
+        yield str(local)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(data: bytes) -> str:
+    """The sha256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

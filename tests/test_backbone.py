@@ -1,0 +1,178 @@
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from leafnet import backbone
+from leafnet.errors import UserError
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """Keras's own ResNet50 whose BatchNorms do something."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(SIZE, SIZE, 3), pooling="avg"
+    )
+    generator = np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights(
+                [
+                    generator.uniform(0.5, 1.0, gamma.shape),
+                    generator.normal(0, 0.1, beta.shape),
+                    generator.normal(0, 0.1, mean.shape),
+                    generator.uniform(0.5, 2.0, variance.shape),
+                ]
+            )
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights_file(stock: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
+    stock.save_weights(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3)).astype(np.uint8)
+
+
+def stock_features(stock: Any, images: np.ndarray) -> np.ndarray:
+    from keras.applications.resnet50 import preprocess_input
+
+    return np.asarray(stock(preprocess_input(images.astype(np.float32))))
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_folded_equals_stock_keras(stock: Any, weights_file: str, images: np.ndarray) -> None:
+    weights = backbone.load_weights(weights_file)
+    folded = backbone.build(weights.convolutions, image_size=SIZE, precision="float32")
+    found = np.asarray(folded(images))
+    assert found.shape == (4, backbone.FEATURES)
+    assert relative_error(found, stock_features(stock, images)) < 1e-5
+    assert not any("bn" in layer.name for layer in folded.get_layer("resnet50").layers)
+
+
+def test_bfloat16_is_close(stock: Any, weights_file: str, images: np.ndarray) -> None:
+    weights = backbone.load_weights(weights_file)
+    folded = backbone.build(weights.convolutions, image_size=SIZE, precision="bfloat16")
+    found = np.asarray(folded(images))
+    assert found.dtype == np.float32
+    assert 1e-5 < relative_error(found, stock_features(stock, images)) < 0.05
+
+
+def test_older_keras_layout_gives_the_same_weights(
+    stock: Any, weights_file: str, tmp_path: Path
+) -> None:
+    """The layout of Keras's ImageNet file: a group a layer, its variables in `weight_names`."""
+    path = tmp_path / "resnet50_notop.h5"
+    with h5py.File(path, "w") as file:
+        for layer in stock.layers:
+            group = file.create_group(layer.name)
+            names = [f"{layer.name}/{weight.name}:0" for weight in layer.weights]
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, weight in zip(names, layer.weights, strict=True):
+                group[name] = np.asarray(weight)
+    old, new = backbone.load_weights(str(path)), backbone.load_weights(weights_file)
+    assert old.fingerprint == new.fingerprint
+    for name, (kernel, _) in new.convolutions.items():
+        np.testing.assert_array_equal(old.convolutions[name][0], kernel)
+
+
+def test_random_weights_follow_the_seed() -> None:
+    first, again, other = (backbone.load_weights("random", seed=seed) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    kernel, bias = first.convolutions["conv1_conv"]
+    assert kernel.shape == (7, 7, 3, 64)
+    # Glorot and Bengio 2010: a uniform distribution of variance 2 / (fan in + fan out); the
+    # BatchNorm divides by sqrt(1 + 1.001e-5).
+    assert kernel.var() == pytest.approx(2 / (49 * (3 + 64)), rel=0.05)
+    assert not bias.any()
+
+
+def test_other_architecture_is_refused_by_layer(tmp_path: Path) -> None:
+    import keras
+
+    path = tmp_path / "v2.weights.h5"
+    other = keras.applications.ResNet50V2(include_top=False, weights=None)
+    other.save_weights(path)
+    with pytest.raises(UserError, match="is not a ResNet50: layer conv2_block1_1_conv") as caught:
+        backbone.load_weights(str(path))
+    assert caught.value.reason == "other-architecture"
+
+
+def test_no_such_weights() -> None:
+    with pytest.raises(UserError, match=r"--weights none\.h5 does not exist"):
+        backbone.load_weights("none.h5")
+
+
+def test_weights_that_are_no_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "w.h5"
+    path.write_text("hello")
+    with pytest.raises(UserError, match="is not an HDF5 file"):
+        backbone.load_weights(str(path))
+
+
+def test_imagenet_without_network_says_the_ways_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(backbone, "_IMAGENET_URL", "http://127.0.0.1:9/resnet50_notop.h5")
+    with pytest.raises(UserError, match="--weights random") as caught:
+        backbone.load_weights("imagenet")
+    assert caught.value.reason == "no-imagenet-weights"
+    assert str(tmp_path / "models") in str(caught.value)
+
+
+def test_imagenet_takes_the_file_in_keras_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights_file: str
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    cached = tmp_path / "models" / backbone._IMAGENET_URL.rsplit("/", 1)[-1]
+    cached.parent.mkdir()
+    cached.write_bytes(Path(weights_file).read_bytes())
+    weights = backbone.load_weights("imagenet")
+    assert weights.fingerprint == backbone.load_weights(weights_file).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "expected"),
+    [
+        ("float32", (9, 0), "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("auto", (9, 0), "bfloat16"),
+        ("auto", (7, 5), "float32"),
+    ],
+)
+def test_precision(wanted: str, capability: tuple[int, int] | None, expected: str) -> None:
+    assert backbone.choose_precision(wanted, compute_capability=capability)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx512_bf16", "bfloat16"),
+        ("fpu amx_bf16", "bfloat16"),
+        ("fpu avx2", "float32"),
+    ],
+)
+def test_precision_of_a_processor(
+    monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
+) -> None:
+    monkeypatch.setattr(backbone, "_cpu_flags", lambda: frozenset(flags.split()))
+    precision, why = backbone.choose_precision("auto", compute_capability=None)
+    assert precision == expected
+    assert why
