@@ -334,8 +334,8 @@ def _metavar(annotation: Any) -> str:
         return "|".join(_metavar(part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         return f"{_metavar(typing.get_args(annotation)[0])},…"
-    names: dict[Any, str] = {bool: "BOOL", str: "TEXT"}
-    return names.get(annotation, annotation.__name__.upper())
+    names = {bool: "BOOL", str: "TEXT"}
+    return str(names.get(annotation, annotation.__name__.upper()))
 
 
 def _from_text(text: str, field: FieldInfo) -> Any:

@@ -35,7 +35,6 @@ from leafnet.shards import Shard, ShardIndex
 from leafnet.sources import Listing, Sample
 from leafnet.terminal import say
 
-
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
 # There from before the first shard is written until the index is, so that what an interrupted

@@ -240,6 +240,10 @@ def _batch_size(wanted: int | str, machines: cluster.Machines) -> int:
     return _GPU_BATCH if machines.gpus else _CPU_BATCH
 
 
+def _device(machines: cluster.Machines) -> str:
+    return f"{machines.gpus} GPU" if machines.gpus else "CPU"
+
+
 def _views(settings: TrainSettings) -> int:
     # Online draws its own; without augmentation all views are the plain one.
     cached = settings.features == "cached" and settings.augment
@@ -258,11 +262,10 @@ def _say_plan(
     batch = min(settings.head.batch_size, examples)
     steps = steps_per_epoch(examples, batch)
     counts = "/".join(f"{index.examples(split):,}" for split in SPLITS)
-    device = f"{machines.gpus} GPU" if machines.gpus else "CPU"
     say(f"data      {counts} images for train/valid/test, {len(index.class_names)} classes")
     note = ": a check of the pipeline, not of accuracy" if settings.weights == "random" else ""
     say(f"backbone  ResNet50, {settings.weights} weights{note}, {settings.image_size} pixels")
-    say(f"device    {device}, {precision} ({why})")
+    say(f"device    {_device(machines)}, {precision} ({why})")
     say(
         f"head      {settings.head.epochs} epochs of {steps} steps = "
         f"{settings.head.epochs * steps:,}; global batch {batch}, "
@@ -523,9 +526,7 @@ def evaluate(settings: EvaluateSettings) -> None:
             precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
             total = sum(index.examples(split) for split in splits)
             say(f"model     {model.url}   id {model.model_id}")
-            say(
-                f"device    {f'{machines.gpus} GPU' if machines.gpus else 'CPU'}, {precision} ({why})"
-            )
+            say(f"device    {_device(machines)}, {precision} ({why})")
             with terminal.progress("evaluate", total) as advance:
                 tallies = inference.evaluate(
                     model,
