@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     photographs, shards, runs = out / "photographs", out / "shards", out / "runs"
 
     with terminal.progress("draw", 3 * 80) as advance:
-        advance(demo.write_photographs(photographs))
+        demo.write_photographs(photographs, advance=advance)
     run("prepare.py", "--source", photographs, "--out", shards, "--overwrite")
     config = JOBS / "demo.yaml"
     run("train.py", "--config", config, "--shards", shards, "--out", runs, "--name", "demo")

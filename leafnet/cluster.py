@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 import ray.data
+import ray.exceptions
 import ray.train
 from numpy.typing import NDArray
 
@@ -49,7 +50,7 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     Where this process is connected already, it only looks, and stays connected.
 
     Raises:
-        UserError: no cluster answers at the address.
+        UserError: no cluster answers at the address, or a task of the block raised it.
     """
     connected = ray.is_initialized()
     if not connected:
@@ -75,6 +76,11 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
             for node in _ray_nodes()
             if node["Alive"]
         ]
+    except ray.exceptions.RayTaskError as error:
+        # Ray's own text is the stack trace of the task; what the person can mend is its cause.
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
     finally:
         if not connected:
             ray.shutdown()

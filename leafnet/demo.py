@@ -8,6 +8,7 @@ In shapes H and W are the height and width of the picture in pixels. Colours are
 the last step.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,18 @@ BOARDS = ((0.80, 0.79, 0.86), (0.62, 0.71, 0.80), (0.58, 0.58, 0.57), (0.74, 0.6
 SOILS = ((0.30, 0.23, 0.18), (0.46, 0.41, 0.35), (0.34, 0.33, 0.32))
 
 
-def write_photographs(root: str | Path, *, per_class: int = 80, seed: int = 0) -> int:
+def write_photographs(
+    root: str | Path,
+    *,
+    per_class: int = 80,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda count: None,
+) -> int:
     """Number of JPEGs written to `root`/<class>/leaf_0001.jpg and on, `per_class` in each class.
 
     Sizes and JPEG quality vary, and every sixth picture is stored turned, with the EXIF tag that
-    sets it upright. The same arguments write the same bytes; other files in `root` stay.
+    sets it upright. The same arguments write the same bytes; other files in `root` stay. `advance`
+    is called with each count just written.
 
     Raises:
         UserError: fewer than one picture per class, or a negative seed.
@@ -63,6 +71,7 @@ def write_photographs(root: str | Path, *, per_class: int = 80, seed: int = 0) -
                 photo = photo.transpose(turn)
             quality = int(rng.integers(80, 96))
             photo.save(folder / f"leaf_{number:04d}.jpg", quality=quality, exif=exif)
+            advance(1)
     return per_class * len(CLASS_NAMES)
 
 

@@ -134,7 +134,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     os.close(log)
     before, _console = _console, Console(file=terminal, highlight=False, soft_wrap=True)
     _log_path = path
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours = logging.getLogger("leafnet")
     ours.addHandler(handler)
@@ -144,12 +144,13 @@ def chatter_to(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()
+            traceback.print_exc(file=handler.stream)
         raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         ours.removeHandler(handler)
+        handler.close()
         os.dup2(terminal.fileno(), 1)
         os.dup2(stderr, 2)
         os.close(stderr)

@@ -1,8 +1,15 @@
 """What tests of several modules share."""
 
+import io
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pytest
+from PIL import Image
+
+from leafnet import demo, shards, storage
+from leafnet.images import fingerprint
+from leafnet.shards import Shard, ShardIndex
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +20,47 @@ def local_ray() -> Iterator[None]:
 
     with cluster.session(RaySettings(cpus=2)):
         yield
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """Drawn leaves of 64 pixels in shards: 36 to train on, 9 in each of the other splits."""
+    root = str(tmp_path_factory.mktemp("data_set"))
+    return write_data_set(root, {"train": 12, "valid": 3, "test": 3})
+
+
+def leaf_jpeg(label: str, *, seed: int, size: int = 64) -> bytes:
+    """A drawn leaf as a JPEG file."""
+    sink = io.BytesIO()
+    leaf = demo.draw_leaf(label, seed=seed, width=size, height=size)
+    Image.fromarray(leaf).save(sink, "JPEG", quality=90)
+    return sink.getvalue()
+
+
+def write_data_set(root: str, per_class: dict[str, int], *, seed: int = 0) -> ShardIndex:
+    """A data set of drawn leaves at `root`, two row groups a shard, written without Ray."""
+    written: list[Shard] = []
+    for place, (split, count) in enumerate(per_class.items()):
+        rows = []
+        for number in range(count * len(demo.CLASS_NAMES)):
+            label = number % len(demo.CLASS_NAMES)
+            image = leaf_jpeg(demo.CLASS_NAMES[label], seed=1000 * (seed + place) + number)
+            found = fingerprint(image)
+            rows.append(
+                {
+                    "key": f"{split}/{number}.jpg",
+                    "image": image,
+                    "label": label,
+                    "split": split,
+                    "width": found.width,
+                    "height": found.height,
+                    "sha256": storage.sha256(image),
+                }
+            )
+        table = pa.Table.from_pylist(rows, shards.SCHEMA)
+        half = -(-table.num_rows // 2)
+        written.append(shards.write_shard(root, f"{split}-00000.parquet", table, row_group=half))
+    counts = {split: dict.fromkeys(demo.CLASS_NAMES, count) for split, count in per_class.items()}
+    return shards.write_index(
+        root, class_names=demo.CLASS_NAMES, shards=written, counts=counts, prepared={}
+    )

@@ -1,0 +1,153 @@
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leafnet import cluster, features
+from leafnet.backbone import FEATURES
+from leafnet.checkpoint import TrainState
+from leafnet.cluster import HeadJob, HeadResult, Node
+from leafnet.config import SPLITS, HeadSettings
+from leafnet.errors import UserError
+from leafnet.shards import Shard
+
+CLASSES = ("early_blight", "healthy", "late_blight")
+ROWS = {"train": 48, "valid": 13, "test": 7}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpu", "expected"),
+    [
+        ([Node(1, 0)], "auto", (0, 1, 1, 0.75)),
+        ([Node(2, 0)], "auto", (0, 1, 2, 1.5)),
+        ([Node(16, 0)], "auto", (0, 4, 4, 3.0)),
+        ([Node(16, 0), Node(6, 0)], False, (0, 5, 4, 3.0)),
+        ([Node(16, 4)], "auto", (4, 4, 3, 1.0)),
+        ([Node(16, 4)], False, (0, 4, 4, 3.0)),
+    ],
+)
+def test_actors_leave_cpus_to_decode(
+    nodes: list[Node], gpu: Any, expected: tuple[int, int, int, float]
+) -> None:
+    machines = cluster.machines(nodes, gpu)
+    assert tuple(machines) == expected
+    assert machines.actors * machines.cpus_per_actor < sum(node.cpus for node in nodes)
+
+
+def test_a_gpu_that_is_asked_for_and_not_there() -> None:
+    with pytest.raises(UserError, match="the cluster has no GPU"):
+        cluster.machines([Node(8, 0)], True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "expected"),
+    [
+        ([Node(2, 0)], "auto", 0, (1, 2.0)),
+        ([Node(2, 0)], 4, 0, (4, 0.5)),
+        ([Node(16, 4)], "auto", 4, (4, 4.0)),
+        ([Node(8, 0), Node(4, 0)], 2, 0, (2, 4.5)),
+    ],
+)
+def test_workers(nodes: list[Node], workers: Any, gpus: int, expected: tuple[int, float]) -> None:
+    count, share = cluster.workers_for(nodes, workers, gpus)
+    assert count == expected[0]
+    assert share == pytest.approx(expected[1]) or sum(int(n.cpus / share) for n in nodes) >= count
+
+
+def test_more_workers_than_gpus() -> None:
+    with pytest.raises(UserError, match=r"--workers 5, but the cluster has 4 GPUs"):
+        cluster.workers_for([Node(16, 4)], 5, 4)
+
+
+@pytest.fixture(scope="module")
+def make_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HeadJob]:
+    """Jobs on made features: 48 examples to train on, in two views, 13 to validate and 7 to test."""
+    root = str(tmp_path_factory.mktemp("cache") / "key")
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(len(CLASSES), FEATURES))
+    parts = {}
+    for split in SPLITS:
+        rows, views = ROWS[split], 2 if split == "train" else 1
+        shard = Shard(f"{split}-00000.parquet", split, rows, (rows,), 1, f"{split:0<64}")
+        parts[split] = features.plan(root, [(shard, views)], seed=0).missing
+        labels = np.arange(rows, dtype=np.int32) % len(CLASSES)
+        for part in parts[split]:
+            noise = generator.normal(size=(rows, part.stop - part.first, FEATURES))
+            values = np.abs(centres[labels][:, None] + 4 * noise).astype(np.float16)
+            features.write_part(root, part, values, labels)
+
+    def make(**head: Any) -> HeadJob:
+        settings = {"epochs": 3, "batch_size": 16, "units": (8,), "dropout": 0.2, **head}
+        return HeadJob(
+            head=HeadSettings(**settings),
+            class_names=CLASSES,
+            seed=0,
+            save_every_s=0,
+            identity={"data": "made"},
+            cache_root=root,
+            parts=parts,
+            views=2,
+        )
+
+    return make
+
+
+def fit(job: HeadJob, storage_path: Path, workers: int = 1) -> tuple[HeadResult, list[Any]]:
+    rows: list[dict[str, float]] = []
+    result = cluster.fit_head(
+        job,
+        workers=workers,
+        cpus_per_worker=0.5,
+        gpu=False,
+        storage_path=str(storage_path),
+        on_epoch=rows.append,
+    )
+    return result, rows
+
+
+def flat(state: TrainState) -> np.ndarray:
+    return np.concatenate([array.ravel() for layer in state.head for array in layer])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_and_two_workers_give_the_same_weights(
+    local_ray: None, make_job: Callable[..., HeadJob], tmp_path: Path
+) -> None:
+    """The same global batches, so only the order of the sums in an all-reduce may differ."""
+    one, rows = fit(make_job(), tmp_path / "one")
+    two, rows_of_two = fit(make_job(), tmp_path / "two", workers=2)
+    np.testing.assert_allclose(flat(two.state), flat(one.state), rtol=0, atol=1e-5)
+    assert [row["epoch"] for row in rows] == [row["epoch"] for row in rows_of_two] == [1, 2, 3]
+    for row, row_of_two in zip(rows, rows_of_two, strict=True):
+        assert row_of_two == pytest.approx(row, abs=1e-4)
+    for result in (one, two):
+        assert {split: result.tallies[split].examples for split in SPLITS} == ROWS
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_fit_is_not_done_again_nor_taken_for_another(
+    local_ray: None, make_job: Callable[..., HeadJob], tmp_path: Path
+) -> None:
+    job = make_job()
+    first, rows = fit(job, tmp_path)
+    assert len(rows) == 3
+    again, rows = fit(job, tmp_path)
+    assert rows == []
+    np.testing.assert_array_equal(flat(again.state), flat(first.state))
+    with pytest.raises(UserError, match="was started with data made, not other"):
+        fit(dataclasses.replace(job, identity={"data": "other"}), tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_user_error_in_a_worker_comes_back_as_one(
+    local_ray: None, make_job: Callable[..., HeadJob], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="not finite in epoch 1") as caught:
+        fit(make_job(learning_rate=1e38, warmup_epochs=0), tmp_path)
+    assert caught.value.reason == "loss-not-finite"

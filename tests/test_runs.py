@@ -1,0 +1,196 @@
+"""Training and evaluating a tiny data set in this process, on the session's Ray."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from leafnet import bundle, config, runs, shards, storage
+from leafnet.config import EvaluateSettings, TrainSettings
+from leafnet.errors import UserError
+from leafnet.shards import ShardIndex
+from tests.conftest import write_data_set
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+HEAD = {"units": [16], "epochs": 4, "batch_size": 8}
+
+
+def settings(data_set: ShardIndex, out: Path, **more: Any) -> TrainSettings:
+    values = {
+        "shards": data_set.root,
+        "out": str(out),
+        "name": "leaves",
+        "weights": "random",
+        "image_size": 64,
+        "views": 3,
+        "head": HEAD,
+        **more,
+    }
+    return config.validate(TrainSettings, values)
+
+
+@pytest.fixture(scope="module")
+def run(
+    local_ray: None, data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainSettings, Path]:
+    """A finished run of two workers."""
+    out = tmp_path_factory.mktemp("runs")
+    chosen = settings(data_set, out, workers=2)
+    runs.train(chosen)
+    return chosen, out / "leaves"
+
+
+def test_a_run_leaves_all_that_it_should(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex
+) -> None:
+    chosen, folder = run
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert {split: scores[split]["examples"] for split in scores} == {
+        "test": 9,
+        "valid": 9,
+        "train": 36,
+    }
+    wanted = {"accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece"}
+    for split, of_split in scores.items():
+        assert wanted <= of_split.keys(), split
+        assert set(of_split["per_class"]) == set(data_set.class_names)
+        assert np.sum(of_split["confusion"]) == of_split["examples"]
+        assert of_split["accuracy_low"] <= of_split["accuracy"] <= of_split["accuracy_high"]
+    rows = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert (
+        config.validate(TrainSettings, yaml.safe_load((folder / "config.yaml").read_text()))
+        == chosen
+    )
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(folder / name) as picture:
+            picture.load()
+    log = (folder / "train.log").read_text()
+    assert "epoch 4/4" in log
+    card = (folder / "model" / "MODEL_CARD.md").read_text()
+    assert "random weights: a check of the pipeline" in card
+    description = json.loads((folder / "model" / "model.json").read_text())
+    assert description["metrics"] == scores
+    assert description["data"]["fingerprint"] == data_set.fingerprint
+    assert description["settings"] == chosen.model_dump(mode="json")
+    assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
+
+
+def test_the_published_model_gives_the_metrics(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex, tmp_path: Path
+) -> None:
+    """evaluate, and predict without Ray, agree with what training said of the same examples."""
+    _, folder = run
+    told = json.loads((folder / "metrics.json").read_text())["test"]
+    out = tmp_path / "evaluated.json"
+    model, precision = str(folder / "model"), json.loads((folder / "run.json").read_text())
+    runs.evaluate(
+        EvaluateSettings(
+            model=model,
+            shards=data_set.root,
+            split="test",
+            out=str(out),
+            precision=precision["precision"],
+        )
+    )
+    found = json.loads(out.read_text())["test"]
+    assert found["examples"] == 9
+    assert found["confusion"] == told["confusion"]
+    assert found["log_loss"] == pytest.approx(told["log_loss"], abs=5e-3)
+
+    tables = [t for s in data_set.of_split("test") for t in shards.row_groups(data_set.root, s)]
+    images = [image for t in tables for image in t["image"].to_pylist()]
+    labels = [label for t in tables for label in t["label"].to_pylist()]
+    predictions = bundle.load(model).predict(images, precision=precision["precision"])
+    right = [data_set.class_names[y] == p.label for y, p in zip(labels, predictions, strict=True)]
+    assert np.mean(right) == pytest.approx(told["accuracy"])
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    run: tuple[TrainSettings, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, folder = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    runs.train(chosen)
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_another_setting_or_data_set_under_the_same_name_is_refused(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex, tmp_path: Path
+) -> None:
+    chosen, folder = run
+    with pytest.raises(UserError, match=r"was started with head\.epochs 4, not 9") as caught:
+        runs.train(settings(data_set, folder.parent, head={**HEAD, "epochs": 9}))
+    assert caught.value.reason == "started-differently"
+    other = write_data_set(str(tmp_path), {"train": 3, "valid": 1, "test": 1}, seed=5)
+    with pytest.raises(UserError, match="was trained on another data set"):
+        runs.train(chosen.model_copy(update={"shards": other.root}))
+
+
+def test_another_head_finds_the_features_in_the_cache(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex
+) -> None:
+    """On one worker and without a hidden layer."""
+    _, folder = run
+    cache = (folder.parent / "features").rglob("*.parquet")
+    parts = {path: path.stat().st_mtime_ns for path in cache}
+    runs.train(settings(data_set, folder.parent, name="linear", head={**HEAD, "units": []}))
+    log = (folder.parent / "linear" / "train.log").read_text()
+    assert "126 of 126 views are in the cache" in log
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    assert (folder.parent / "linear" / "model" / "model.json").exists()
+
+
+def test_shards_that_changed_are_refused(data_set: ShardIndex, tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    storage.upload_folder(data_set.root, str(root))
+    index = shards.read_index(str(root))
+    victim = root / "train-00000.parquet"
+    data = bytearray(victim.read_bytes())
+    victim.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="was changed after preparation"):
+        runs.train(settings(index, tmp_path / "runs"))
+    victim.unlink()
+    with pytest.raises(UserError, match="is gone; prepare the data set again"):
+        runs.train(settings(index, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shards_of_the_same_size_with_other_bytes_are_refused(
+    local_ray: None, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    """Seen when they are read, by a task far from the driver, and told as the same error."""
+    root = tmp_path / "shards"
+    storage.upload_folder(data_set.root, str(root))
+    victim = root / "train-00000.parquet"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(UserError, match="is not the file that was prepared") as caught:
+        runs.train(settings(shards.read_index(str(root)), tmp_path / "runs"))
+    assert caught.value.reason == "shard-changed"
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluate_refuses_a_data_set_of_other_classes(
+    run: tuple[TrainSettings, Path], tmp_path: Path
+) -> None:
+    _, folder = run
+    index = write_data_set(str(tmp_path), {"train": 1})
+    renamed = shards.write_index(
+        str(tmp_path),
+        class_names=["a", "b", "c"],
+        shards=index.shards,
+        counts={"train": dict.fromkeys("abc", 1)},
+        prepared={},
+    )
+    with pytest.raises(UserError, match="has the classes early_blight, healthy, late_blight"):
+        runs.evaluate(EvaluateSettings(model=str(folder / "model"), shards=renamed.root))
