@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from leafnet.shards import Shard
 # with many cores is better used by several actors.
 _MAX_THREADS = 4
 _POLL_S = 0.25
+_CONNECT_S = 10.0
 
 
 class Node(NamedTuple):
@@ -54,7 +56,10 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     """
     connected = ray.is_initialized()
     if not connected:
-        local = settings.address is None and "RAY_ADDRESS" not in os.environ
+        address = settings.address or os.environ.get("RAY_ADDRESS")
+        local = address is None
+        if address is not None:
+            _check_listening(address)
         try:
             ray.init(
                 address=settings.address,
@@ -66,7 +71,7 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
             reason = " ".join(str(error).split())
             raise UserError(
                 "no-cluster",
-                f"cannot use a Ray cluster at {settings.address or 'this machine'}: {reason}",
+                f"cannot use a Ray cluster at {address or 'this machine'}: {reason}",
             ) from None
     # Ray Data draws bars of its own; leafnet shows one for each stage.
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -84,6 +89,25 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Refuse a host:port where nothing listens: `ray.init` tries for 75 s, then ends the process.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # `auto` and `local` are for Ray to find
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            "no-cluster",
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or "
+            "leave --ray.address and RAY_ADDRESS out for a local one",
+        ) from None
 
 
 def _ray_nodes() -> list[dict[str, Any]]:

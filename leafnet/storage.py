@@ -110,8 +110,9 @@ def read_json(url: str) -> Any:
         FileNotFoundError: nothing is there.
         UserError: it is not JSON.
     """
+    data = read_bytes(url)
     try:
-        return json.loads(read_bytes(url))
+        return json.loads(data)
     except ValueError as error:
         raise UserError("not-json", f"{url} is not valid JSON: {error}") from None
 

@@ -64,7 +64,7 @@ def test_more_workers_than_gpus() -> None:
 
 @pytest.fixture(scope="module")
 def make_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HeadJob]:
-    """Jobs on made features: 48 examples to train on, in two views, 13 to validate and 7 to test."""
+    """Jobs on made features: 48 examples to train on in two views, 13 to validate, 7 to test."""
     root = str(tmp_path_factory.mktemp("cache") / "key")
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(len(CLASSES), FEATURES))

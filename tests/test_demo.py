@@ -119,7 +119,7 @@ def test_a_leaf_that_cannot_be_drawn_is_refused(
     ("arguments", "reason"), [({"per_class": 0}, "bad-count"), ({"seed": -1}, "bad-seed")]
 )
 def test_nothing_is_written_for_a_wrong_count_or_seed(
-    tmp_path: Path, arguments: dict[str, int], reason: str
+    tmp_path: Path, arguments: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         demo.write_photographs(tmp_path / "photos", **arguments)

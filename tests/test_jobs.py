@@ -1,0 +1,211 @@
+"""The jobs as people start them: command lines, exit codes, kills, and a cluster with a token."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from leafnet import bundle
+from leafnet.shards import ShardIndex
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    *("--weights", "random", "--image_size", "64", "--views", "2"),
+    *("--head.units", "16", "--head.batch_size", "8"),
+)
+
+
+def job(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "jobs" / name), *map(str, arguments)]
+
+
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def train(data_set: ShardIndex, out: Path, *more: object) -> list[str]:
+    return job("train.py", "--shards", data_set.root, "--out", out, "--name", "a", *TINY, *more)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "nowhere", "--name", "a"], "nowhere/index.json does not exist (nothing is"),
+        (["--name", "a"], "error[missing-setting]: --shards is required"),
+        (["--shards", "SHARDS", "--name", "a", "--workers", "0"], "--workers cannot be '0': must"),
+        (["--shards", "SHARDS", "--name", "a", "--epocs", "3"], "did you mean --head.epochs?"),
+        (["--shards", "SHARDS", "--name", "a", "--config", "CONFIG"], "did you mean head.dropout?"),
+        (["--shards", "SHARDS", "--name", "a", "--weights", "WEIGHTS"], "is not a ResNet50: layer"),
+        (["--shards", "SHARDS", "--name", "a", "--weights", "no.h5"], "no.h5 does not exist; give"),
+        (["--shards", "ftpx://a/b", "--name", "a"], "error[unknown-protocol]: cannot open ftpx:"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(
+    arguments: list[str], message: str, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    config, weights = tmp_path / "train.yaml", tmp_path / "vgg.h5"
+    config.write_text("head:\n  dropuot: 0.5\n")
+    with h5py.File(weights, "w") as file:
+        file["block1_conv1/kernel"] = np.zeros((3, 3, 3, 64))
+    places = {"SHARDS": data_set.root, "CONFIG": str(config), "WEIGHTS": str(weights)}
+    given = [places.get(word, word) for word in arguments]
+    done = run(job("train.py", *given, "--out", tmp_path / "runs"))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error[")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_no_cluster_at_the_address(data_set: ShardIndex, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    done = run(train(data_set, tmp_path, "--ray.address", address))
+    assert done.returncode == 2, done.stderr
+    assert f"error[no-cluster]: no Ray cluster answers at {address}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["prepare.py", "train.py", "evaluate.py"])
+def test_help_names_every_setting_and_ends_with_examples(name: str) -> None:
+    done = run(job(name, "--help"))
+    assert done.returncode == 0
+    *_, examples = done.stdout.split("examples:\n")
+    assert examples.count(f"python jobs/{name} ") == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_and_started_again_equals_never_killed(data_set: ShardIndex, tmp_path: Path) -> None:
+    """SIGKILL to the job and all that it started, once two epochs are saved.
+
+    Ray Train counts a checkpoint from the moment that it has written so beside it, so at least the
+    first of the two is gone on from.
+    """
+    more = ["--head.epochs", "12", "--checkpoint.every_seconds", "0", "--ray.cpus", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(train(data_set, whole, *more))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    slow = [*more, "--cache.url", whole / "features"]
+    process = subprocess.Popen(
+        train(data_set, killed, *slow), start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while len(list(killed.glob("a/head/checkpoint_*/manifest.json"))) < 2:
+        assert process.poll() is None, "it ended before there was a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill_session(process.pid)
+    process.wait()
+    assert not (killed / "a" / "model" / "model.json").exists()
+
+    done = run(train(data_set, killed, *slow))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on where it stopped" in done.stdout
+    assert "epoch  1/12" not in done.stdout
+    assert (killed / "a/history.csv").read_text() == (whole / "a/history.csv").read_text()
+    first, second = (bundle.load(str(out / "a/model")) for out in (whole, killed))
+    assert first.model_id == second.model_id
+
+    done = run(train(data_set, killed, *slow))
+    assert done.returncode == 0
+    assert "is finished" in done.stdout
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL to every process of the session that `leader` started, Ray's own included."""
+    listed = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True)
+    for line in listed.stdout.splitlines()[1:]:
+        pid, session = map(int, line.split())
+        if session == leader:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def head_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a cluster that `ray start --head` began, with a token."""
+    # Ray puts sockets below it, and their paths must stay short.
+    temporary = tmp_path_factory.mktemp("r")
+    token = temporary / "token"
+    token.write_text("f" * 64)
+    ports = [free_port() for _ in range(3)]
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": f"/tmp/lf{os.getpid()}",
+        # `python` of a job is that of the node it runs on.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        *("start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"),
+        *(f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
+    ]
+    with open(temporary / "head.log", "w") as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            stdout=log,
+            stderr=log,
+        )
+        yield environment | {
+            "RAY_ADDRESS": f"127.0.0.1:{ports[0]}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+        }
+        kill_session(process.pid)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_submitted_to_a_cluster_with_a_token(
+    head_node: dict[str, str], data_set: ShardIndex, tmp_path: Path
+) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    environment = {**os.environ, **head_node}
+    environment.pop("PYTHONPATH", None)  # what is submitted has to be enough
+
+    def call(*words: object, **changed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [ray, "job", *map(str, words)],
+            cwd=ROOT,
+            env={**environment, **changed},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    deadline = time.monotonic() + 100
+    while call("list").returncode:
+        assert time.monotonic() < deadline, "the cluster does not answer"
+        time.sleep(0.5)
+    entry = ["python", "jobs/train.py", "--shards", data_set.root, "--out", tmp_path, "--name", "a"]
+    submit = ["submit", "--working-dir", ".", "--", *entry, *TINY, "--head.epochs", 2]
+    done = call(*submit, "--workers", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch 2/2" in done.stdout
+    scores = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert scores["train"]["examples"] == data_set.examples("train")
+    again = call(*submit, "--workers", 2)
+    assert "is finished" in again.stdout
+    assert call("list", RAY_AUTH_TOKEN="0" * 64).returncode != 0
