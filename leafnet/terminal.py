@@ -128,7 +128,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     sys.stderr.flush()
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
     stderr = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
