@@ -37,6 +37,18 @@ _MAX_THREADS = 4
 _POLL_S = 0.25
 _CONNECT_S = 10.0
 
+# Ray Data's shuffles ask for worker processes of their own by the last two variables, and starting
+# those takes seconds for each of a shuffle's two stages. With both given to all tasks, every process
+# serves every stage. Tasks beside a shuffle have to give this as their own `runtime_env` as well:
+# Ray spells that of a job differently, and takes another spelling for another environment.
+RUNTIME_ENV = {
+    "env_vars": {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "RAY_DATA_SHUFFLE_MAP_WORKER": "1",
+        "RAY_DATA_SHUFFLE_REDUCE_WORKER": "1",
+    }
+}
+
 
 class Node(NamedTuple):
     """A machine of the cluster."""
@@ -65,7 +77,9 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
                 address=settings.address,
                 num_cpus=settings.cpus if local else None,
                 logging_level=logging.WARNING,
-                runtime_env={"env_vars": {"TF_CPP_MIN_LOG_LEVEL": "2"}},
+                runtime_env=RUNTIME_ENV,
+                # Of a local Ray; a cluster has its own. It takes a second to start, and memory.
+                include_dashboard=False,
             )
         except (ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())

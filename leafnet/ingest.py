@@ -85,9 +85,7 @@ def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[Sha
     """The index, the plan, and how many examples were read."""
     board = cluster.Board()
     read = _read(listing, board, max_pixels=settings.max_megapixels * 1_000_000)
-    metadata = pa.concat_tables(
-        ray.get(read.select_columns(prepare.READ_SCHEMA.names).to_arrow_refs())
-    )
+    metadata = pa.concat_tables(ray.get(_map(read, without_images).to_arrow_refs()))
     _check_seen_by_all(metadata, listing)
     shares = [int(share) for share in settings.split.split("/")]
     policy = Policy(
@@ -250,6 +248,7 @@ def _map(
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_kwargs=kwargs,
+        runtime_env=cluster.RUNTIME_ENV,
     )
     return mapped
 
@@ -329,6 +328,11 @@ def _row(sample: Sample, max_pixels: int) -> dict[str, Any]:
         "width": fingerprint.width,
         "height": fingerprint.height,
     }
+
+
+def without_images(read: pa.Table) -> pa.Table:
+    """The columns of `read` that are decided on."""
+    return read.select(prepare.READ_SCHEMA.names)
 
 
 def _check_seen_by_all(metadata: pa.Table, listing: Listing) -> None:
