@@ -1,0 +1,137 @@
+"""Which module may import which. Imports go one way: a module imports only what stands above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LEAFNET = Path(__file__).parents[1] / "leafnet"
+
+# Each module, the modules of leafnet that it may import, from the bottom to the top. A new module
+# gets a line here; a line that has to grow is a decision on the architecture.
+MAY_IMPORT: dict[str, set[str]] = {
+    # Values, files, pictures and numbers, which know nothing of data sets and models.
+    "errors": set(),
+    "images": set(),
+    "metrics": set(),
+    "storage": {"errors"},
+    "config": {"errors", "storage"},
+    "terminal": {"errors"},
+    "demo": {"errors"},
+    "plots": {"metrics"},
+    # The data set.
+    "shards": {"errors", "storage"},
+    "sources": {"errors", "storage"},
+    "prepare": {"errors", "config"},
+    # The network, its training and its publication.
+    "backbone": {"errors", "storage"},
+    "classifier": {"backbone"},
+    "features": {"storage", "images", "shards", "backbone"},
+    "checkpoint": {"errors", "storage", "classifier"},
+    "training": {"errors", "config", "classifier", "checkpoint", "features"},
+    "bundle": {"errors", "storage", "images", "metrics", "backbone", "classifier"},
+    # What a published model does, as far as that needs no cluster.
+    "engine": {"errors", "storage", "images", "backbone", "classifier", "bundle"},
+    "novelty": {"errors", "storage", "metrics", "features", "bundle"},
+    "scoring": {*("errors", "storage", "images", "metrics", "shards", "bundle"), "novelty"},
+    "ledger": {"errors", "storage", "scoring"},
+    "listing": {"errors", "storage", "shards", "sources"},
+    "lock": {"errors", "storage"},
+    "report": {"errors", "storage", "images", "metrics", "plots", "scoring"},
+    # Ray, from here on. Settings objects end in these modules and in `training`.
+    "cluster": {
+        *("errors", "config", "images", "metrics", "shards"),
+        *("backbone", "classifier", "features", "checkpoint", "training"),
+    },
+    "ingest": {
+        *("errors", "config", "images", "storage", "terminal"),
+        *("shards", "sources", "prepare", "cluster"),
+    },
+    "inference": {
+        *("images", "metrics", "shards", "backbone", "classifier", "features", "bundle"),
+        *("engine", "cluster"),
+    },
+    # Whole jobs.
+    "runs": {
+        *("errors", "config", "metrics", "storage", "terminal", "plots", "shards"),
+        *("backbone", "classifier", "features", "checkpoint", "training", "bundle", "novelty"),
+        *("cluster", "inference"),
+    },
+    "nightly": {
+        *("errors", "config", "storage", "terminal", "backbone", "classifier", "bundle"),
+        *("engine", "novelty", "scoring", "ledger", "listing", "lock", "report"),
+        *("cluster", "inference"),
+    },
+    "search": {
+        *("errors", "config", "metrics", "storage", "terminal", "plots", "prepare", "shards"),
+        *("classifier", "features", "checkpoint", "training", "cluster", "inference"),
+    },
+}
+
+MAY_IMPORT_RAY = {"cluster", "ingest", "inference", "runs", "nightly", "search"}
+
+MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")
+
+
+def imports(module: str) -> set[str]:
+    """Dotted names of all that `module` imports anywhere in it, relative imports refused."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((LEAFNET / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"leafnet.{module} has a relative import"
+            # `from leafnet import shards` imports a module, `from leafnet.shards import Shard` a
+            # name: with both spelled out, the second part is the module in either case.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(module: str) -> set[str]:
+    """Modules of leafnet that `module` imports."""
+    parts = [name.split(".") for name in imports(module)]
+    return {name[1] for name in parts if name[0] == "leafnet" and len(name) > 1} & set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_what_the_table_allows(module: str) -> None:
+    assert module in MAY_IMPORT, f"give leafnet.{module} its place in MAY_IMPORT"
+    assert own(module) <= MAY_IMPORT[module]
+
+
+def test_the_table_goes_one_way() -> None:
+    above: set[str] = set()
+    for module, allowed in MAY_IMPORT.items():
+        assert allowed <= above, f"{module} may import {allowed - above}, which stand below it"
+        above.add(module)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_IMPORT_RAY))
+def test_only_the_top_knows_ray(module: str) -> None:
+    assert "ray" not in {name.split(".")[0] for name in imports(module)}
+
+
+def test_the_test_sees_imports_of_every_kind() -> None:
+    """The ingest module has all of them; were one not seen, the tests above would say nothing."""
+    assert {"cluster", "shards", "terminal", "errors", "config", "sources"} <= own("ingest")
+    assert {"ray", "ray.data"} <= imports("ingest")
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("leafnet", ["tensorflow", "keras", "ray"]),
+        ("leafnet.sources", ["tensorflow", "keras", "ray"]),
+        ("leafnet.prepare", ["tensorflow", "keras", "ray"]),
+        ("leafnet.runs", ["tensorflow", "keras"]),
+        ("leafnet.ingest", ["tensorflow", "keras"]),
+    ],
+)
+def test_importing_is_light(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
