@@ -1,0 +1,479 @@
+"""What becomes of each photograph: decisions on metadata alone."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leafnet import prepare
+from leafnet.errors import UserError
+from leafnet.prepare import Plan, Policy
+
+POLICY = Policy(shares=(80, 10, 10))
+
+Row = dict[str, Any]
+
+
+def row(key: str, **values: Any) -> Row:
+    """A readable photograph. The class is the key's last folder, the pixels are its own."""
+    parts = key.split("/")
+    return {
+        "key": key,
+        "label": parts[-2],
+        "split": None,
+        "bytes": 1000,
+        "pixels_sha256": key,
+        # Far from all others: two random hashes differ in 32 bits of 64, give or take 4.
+        "perceptual_hash": int(np.random.default_rng(list(key.encode())).integers(2**63)),
+        "reason": None,
+        "message": None,
+    } | values
+
+
+def rows_of(counts: dict[str, int]) -> list[Row]:
+    return [row(f"{name}/{i:04d}.jpg") for name, n in counts.items() for i in range(n)]
+
+
+def decide(rows: list[Row], policy: Policy = POLICY, *, has_splits: bool = False) -> Plan:
+    numbered = [values | {"number": 10 * i} for i, values in enumerate(rows)]
+    table = pa.Table.from_pylist(numbered, prepare.READ_SCHEMA)
+    return prepare.decide(table, policy, has_splits=has_splits, source="here")
+
+
+def split_of(rows: list[Row], plan: Plan) -> dict[str, str]:
+    """Key -> split of what is kept, told from the shards."""
+    shard = np.searchsorted(np.cumsum(plan.shard_rows), plan.rows["place"], side="right")
+    numbers = plan.rows["number"].tolist()
+    return {
+        rows[number // 10]["key"]: plan.shard_names[i].split("-")[0]
+        for number, i in zip(numbers, shard, strict=True)
+    }
+
+
+def given_splits(**keys: list[str]) -> list[Row]:
+    """Photographs of a source with splits; some of each class in each, beside the `keys`."""
+    rows = [
+        row(f"{split}/{name}/plain{i}.jpg", split=split)
+        for split, name, i in itertools.product(("train", "valid", "test"), "ab", range(3))
+    ]
+    return rows + [row(f"{split}/{key}", split=split) for split in keys for key in keys[split]]
+
+
+def alike(rows: list[Row], pixels: str, *keys: str) -> list[Row]:
+    """The rows, with the same picture for all `keys`."""
+    same = {"pixels_sha256": pixels, "perceptual_hash": 1}
+    return [values | same if values["key"] in keys else values for values in rows]
+
+
+# Duplicates
+
+
+@pytest.mark.parametrize(
+    ("splits", "keeps"),
+    [
+        (("train", "test"), {"test"}),
+        (("train", "valid"), {"valid"}),
+        (("valid", "test"), {"test"}),
+        (("train", "valid", "test"), {"test"}),
+    ],
+)
+def test_train_gives_way_to_valid_and_valid_to_test(
+    splits: tuple[str, ...], keeps: set[str]
+) -> None:
+    keys = [f"{split}/a/twin.jpg" for split in splits]
+    rows = alike(given_splits(**{split: ["a/twin.jpg"] for split in splits}), "twin", *keys)
+    plan = decide(rows, has_splits=True)
+    kept = split_of(rows, plan)
+    assert {kept[key] for key in keys if key in kept} == keeps
+    assert plan.dropped == {"other-label": 0, "other-split": len(splits) - 1}
+    told = plan.duplicates.to_pylist()
+    assert len(told) == len(splits) - 1
+    assert all(pair["kind"] == "exact" for pair in told)
+    assert {pair["key_a"] for pair in told} == {f"{next(iter(keeps))}/a/twin.jpg"}
+    assert not any(pair["dropped_a"] for pair in told)
+    assert all(pair["dropped_b"] for pair in told)
+
+
+def test_copies_within_a_split_stay_and_are_told() -> None:
+    keys = ("train/a/x.jpg", "train/a/y.jpg")
+    rows = alike(given_splits(train=["a/x.jpg", "a/y.jpg"]), "twin", *keys)
+    plan = decide(rows, has_splits=True)
+    assert set(keys) <= set(split_of(rows, plan))
+    (pair,) = plan.duplicates.to_pylist()
+    assert (pair["key_a"], pair["key_b"], pair["distance"]) == (*keys, 0)
+    assert not pair["dropped_a"]
+    assert not pair["dropped_b"]
+
+
+def test_one_picture_under_two_labels_is_dropped_on_both_sides() -> None:
+    rows = rows_of({"a": 10, "b": 10})
+    rows = alike(rows, "twin", "a/0003.jpg", "a/0004.jpg", "b/0007.jpg")
+    plan = decide(rows)
+    assert set(split_of(rows, plan)) == {r["key"] for r in rows} - {
+        "a/0003.jpg",
+        "a/0004.jpg",
+        "b/0007.jpg",
+    }
+    assert plan.dropped == {"other-label": 3, "other-split": 0}
+    told = plan.duplicates.to_pylist()
+    assert {pair["key_b"] for pair in told} == {"a/0004.jpg", "b/0007.jpg"}
+    assert all(pair["dropped_a"] and pair["dropped_b"] for pair in told)
+    assert {pair["split_a"] for pair in told} == {None}
+
+
+def test_a_conflict_of_labels_comes_before_one_of_splits() -> None:
+    """Test keeps nothing of a picture whose label is in doubt."""
+    rows = given_splits(train=["a/x.jpg"], test=["b/x.jpg"])
+    rows = alike(rows, "twin", "train/a/x.jpg", "test/b/x.jpg")
+    plan = decide(rows, has_splits=True)
+    assert {"train/a/x.jpg", "test/b/x.jpg"}.isdisjoint(split_of(rows, plan))
+    assert plan.dropped == {"other-label": 2, "other-split": 0}
+
+
+def test_duplicates_are_only_reported_by_setting() -> None:
+    rows = given_splits(train=["a/x.jpg"], test=["b/x.jpg"])
+    rows = alike(rows, "twin", "train/a/x.jpg", "test/b/x.jpg")
+    plan = decide(rows, POLICY._replace(drop_exact=False), has_splits=True)
+    assert len(split_of(rows, plan)) == len(rows)
+    (pair,) = plan.duplicates.to_pylist()
+    assert {(pair["split_a"], pair["label_a"]), (pair["split_b"], pair["label_b"])} == {
+        ("train", "a"),
+        ("test", "b"),
+    }
+
+
+def near_rows() -> list[Row]:
+    """train/a/x is 3 bits from test/a/x, and train/a/far 4 bits."""
+    rows = given_splits(train=["a/x.jpg", "a/far.jpg"], test=["a/x.jpg"])
+    hashes = {"train/a/x.jpg": 0b111 << 20, "train/a/far.jpg": 0b1111, "test/a/x.jpg": 0}
+    return [r | {"perceptual_hash": hashes.get(r["key"], r["perceptual_hash"])} for r in rows]
+
+
+def test_near_duplicates_are_told_and_stay() -> None:
+    rows = near_rows()
+    plan = decide(rows, has_splits=True)
+    assert len(split_of(rows, plan)) == len(rows)
+    (pair,) = plan.duplicates.to_pylist()
+    assert (pair["kind"], pair["distance"]) == ("near", 3)
+    assert {pair["key_a"], pair["key_b"]} == {"train/a/x.jpg", "test/a/x.jpg"}
+
+
+def test_near_duplicates_are_dropped_by_setting() -> None:
+    rows = near_rows()
+    plan = decide(rows, POLICY._replace(drop_near=True), has_splits=True)
+    assert {r["key"] for r in rows} - set(split_of(rows, plan)) == {"train/a/x.jpg"}
+    assert plan.dropped == {"other-label": 0, "other-split": 1}
+
+
+def test_near_distance_is_a_setting() -> None:
+    assert not decide(near_rows(), POLICY._replace(near_distance=2)).duplicates.num_rows
+    rows = [r | {"perceptual_hash": 5} if "/a/x" in r["key"] else r for r in near_rows()]
+    (pair,) = decide(rows, POLICY._replace(near_distance=0)).duplicates.to_pylist()
+    assert (pair["kind"], pair["distance"]) == ("near", 0)
+
+
+def test_near_duplicates_without_splits_are_put_into_one_split() -> None:
+    rows = rows_of({"a": 40, "b": 40})
+    # A chain, each one bit from the next: its ends are four bits apart, and still go together.
+    chain = [f"a/{i:04d}.jpg" for i in range(5)]
+    rows = [
+        r | {"perceptual_hash": (1 << chain.index(r["key"])) - 1} if r["key"] in chain else r
+        for r in rows
+    ]
+    for seed in range(5):
+        policy = POLICY._replace(drop_near=True, seed=seed)
+        kept = split_of(rows, decide(rows, policy))
+        assert len({kept[key] for key in chain}) == 1
+
+
+def test_copies_without_splits_are_put_into_one_split() -> None:
+    rows = rows_of({"a": 40, "b": 40})
+    copies = ["a/0001.jpg", "a/0012.jpg", "a/0039.jpg"]
+    rows = alike(rows, "twin", *copies)
+    for seed in range(5):
+        plan = decide(rows, POLICY._replace(seed=seed))
+        assert len({split_of(rows, plan)[key] for key in copies}) == 1
+        assert plan.dropped == {"other-label": 0, "other-split": 0}
+
+
+def test_pairs_that_cross_a_border_come_first() -> None:
+    rows = given_splits(train=["a/x.jpg", "a/y.jpg", "a/z.jpg"], valid=["a/z.jpg"])
+    rows = alike(rows, "inside", "train/a/x.jpg", "train/a/y.jpg")
+    rows = [
+        r | {"pixels_sha256": "across", "perceptual_hash": 0xFFFF} if "/a/z" in r["key"] else r
+        for r in rows
+    ]
+    plan = decide(rows, POLICY._replace(drop_exact=False), has_splits=True)
+    assert [pair["key_a"][-5:] for pair in plan.duplicates.to_pylist()] == ["z.jpg", "x.jpg"]
+
+
+def brute_force(hashes: list[int], distance: int) -> set[tuple[int, int]]:
+    pairs = itertools.combinations(sorted(set(hashes)), 2)
+    return {(a, b) for a, b in pairs if (a ^ b).bit_count() <= distance}
+
+
+def found_pairs(hashes: list[int], distance: int) -> list[tuple[int, int]]:
+    array = np.array(hashes, np.uint64)
+    pairs = prepare.near_pairs(array, distance)
+    distinct = np.unique(array)
+    assert np.array_equal(distinct[pairs.inverse], array)
+    assert pairs.distance.tolist() == [
+        (int(distinct[a]) ^ int(distinct[b])).bit_count() for a, b in zip(pairs.a, pairs.b)
+    ]
+    return [(int(distinct[a]), int(distinct[b])) for a, b in zip(pairs.a, pairs.b, strict=True)]
+
+
+@st.composite
+def crowded_hashes(draw: st.DrawFn) -> list[int]:
+    """A few hashes, and others that differ from them in few bits."""
+    centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
+    flips = st.sets(st.integers(0, 63), max_size=5)
+    near = draw(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=60))
+    return centres + [centre ^ sum(1 << bit for bit in bits) for centre, bits in near]
+
+
+@settings(max_examples=60, deadline=None)
+@given(hashes=crowded_hashes(), distance=st.integers(0, 3))
+def test_near_pairs_are_those_of_brute_force(hashes: list[int], distance: int) -> None:
+    found = found_pairs(hashes, distance)
+    assert len(found) == len(set(found))
+    assert set(found) == brute_force(hashes, distance)
+
+
+def test_near_pairs_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are cut into smaller ones, and pairs that do not fit at once."""
+    monkeypatch.setattr(prepare, "_LONG_RUN", 4)
+    monkeypatch.setattr(prepare, "_PAIRS_AT_ONCE", 7)
+    draw = np.random.default_rng(0)
+    # Bits in few places only: every band has long runs.
+    hashes = [
+        int(sum(1 << int(bit) for bit in draw.choice([0, 17, 18, 33, 50, 51, 63], size, False)))
+        for size in draw.integers(0, 6, 300)
+    ]
+    for distance in range(4):
+        found = found_pairs(hashes, distance)
+        assert len(found) == len(set(found))
+        assert set(found) == brute_force(hashes, distance)
+
+
+def test_too_many_near_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_MAX_PAIRS", 100)
+    hashes = np.array([1 << a | 1 << b for a in range(30) for b in range(30)], np.uint64)
+    with pytest.raises(UserError, match="more than 100 pairs") as caught:
+        prepare.near_pairs(hashes, 3)
+    assert caught.value.reason == "too-many-near-duplicates"
+
+
+# Splits
+
+
+def test_each_class_is_divided_by_the_shares_exactly() -> None:
+    rows = rows_of({"a": 300, "b": 50, "c": 17})
+    plan = decide(rows)
+    assert plan.counts == {
+        "train": {"a": 240, "b": 40, "c": 13},
+        "valid": {"a": 30, "b": 5, "c": 2},
+        "test": {"a": 30, "b": 5, "c": 2},
+    }
+    assert sum(plan.shard_rows) == 367
+
+
+def test_shares_of_nothing_give_no_split() -> None:
+    plan = decide(rows_of({"a": 20, "b": 20}), POLICY._replace(shares=(90, 0, 10)))
+    assert plan.counts["valid"] == {"a": 0, "b": 0}
+    assert plan.counts["test"] == {"a": 2, "b": 2}
+    assert {name.split("-")[0] for name in plan.shard_names} == {"train", "test"}
+
+
+def test_a_class_of_three_is_in_every_split_and_one_of_two_in_train() -> None:
+    plan = decide(rows_of({"a": 100, "few": 3, "two": 2}))
+    assert [plan.counts[split]["few"] for split in ("train", "valid", "test")] == [1, 1, 1]
+    assert [plan.counts[split]["two"] for split in ("train", "valid", "test")] == [2, 0, 0]
+    assert "warning: valid has no example of two" in plan.notes
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    cells=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 25)), min_size=1, max_size=120),
+    shares=st.sampled_from([(80, 10, 10), (34, 33, 33), (100, 0, 0), (60, 0, 40)]),
+    seed=st.integers(0, 3),
+)
+def test_no_group_is_in_two_splits(
+    cells: list[tuple[int, int]], shares: tuple[int, int, int], seed: int
+) -> None:
+    label, group = np.array(cells, np.int64).T
+    split = prepare.stratify(label, group, shares, seed=seed)
+    for name in np.unique(group):
+        assert len(set(split[group == name].tolist())) == 1
+    assert set(split.tolist()) <= {i for i, share in enumerate(shares) if share}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    label=st.lists(st.integers(0, 4), min_size=1, max_size=200),
+    shares=st.sampled_from([(80, 10, 10), (34, 33, 33), (70, 15, 15), (60, 0, 40)]),
+)
+def test_single_photographs_come_within_one_of_their_share(
+    label: list[int], shares: tuple[int, int, int]
+) -> None:
+    split = prepare.stratify(np.array(label), np.arange(len(label)), shares, seed=0)
+    for name, count in Counter(label).items():
+        of_class = split[np.array(label) == name]
+        for i, share in enumerate(shares):
+            assert abs(int(np.sum(of_class == i)) - count * share / 100) <= 1 + (count < 10)
+
+
+def test_a_group_stays_together_whatever_its_labels_are() -> None:
+    rows = [
+        row(f"{name}/plant{plant:02d}_{i}.jpg")
+        for name, plant, i in itertools.product("ab", range(20), range(3))
+    ]
+    plan = decide(rows, POLICY._replace(group=r"plant(\d+)"))
+    kept = split_of(rows, plan)
+    of_plant: dict[str, set[str]] = {}
+    for key, split in kept.items():
+        of_plant.setdefault(key.split("plant")[1][:2], set()).add(split)
+    assert all(len(splits) == 1 for splits in of_plant.values())
+    assert Counter(kept.values()) == {"train": 96, "valid": 12, "test": 12}
+    assert "--group makes 20 groups of 120 photographs" in plan.notes
+
+
+def test_group_without_a_group_in_it_and_keys_without_a_match() -> None:
+    rows = [row(f"{name}/p{i // 2}.{i}.jpg") for name in "ab" for i in range(20)]
+    rows += [row("a/other.jpg")]
+    plan = decide(rows, POLICY._replace(group=r"p\d+"))
+    assert plan.notes == (
+        "--group makes 10 groups of 40 photographs",
+        "warning: --group does not match 1 keys; each stands alone",
+    )
+
+
+def test_group_that_matches_nothing_or_is_no_expression() -> None:
+    with pytest.raises(UserError, match="matches no key; the first is a/0000.jpg") as caught:
+        decide(rows_of({"a": 3, "b": 3}), POLICY._replace(group="plant"))
+    assert caught.value.reason == "group-without-match"
+    with pytest.raises(UserError, match="is not a regular expression") as caught:
+        prepare.check_group("plant(")
+    assert caught.value.reason == "bad-group"
+
+
+def test_groups_that_the_source_s_splits_tear_apart_are_told() -> None:
+    rows = given_splits(train=["a/p1_0.jpg", "a/p2_0.jpg"], test=["a/p1_1.jpg", "a/p2_1.jpg"])
+    plan = decide(rows, POLICY._replace(group=r"p(\d)_"), has_splits=True)
+    assert "warning: 2 groups of --group are in more than one split of the source" in plan.notes
+    assert split_of(rows, plan)["test/a/p1_1.jpg"] == "test"
+
+
+def test_a_source_without_valid_gets_one_from_train() -> None:
+    rows = [row(f"train/{name}/{i}.jpg", split="train") for name in "ab" for i in range(90)]
+    rows += [row(f"test/{name}/{i}.jpg", split="test") for name in "ab" for i in range(7)]
+    plan = decide(rows, has_splits=True)
+    assert plan.counts["test"] == {"a": 7, "b": 7}
+    assert plan.counts["valid"] == {"a": 10, "b": 10}  # 10 of 80 + 10
+    assert plan.notes == ("the source has no valid split: 20 photographs of train become it",)
+    kept = split_of(rows, plan)
+    assert {split for key, split in kept.items() if key.startswith("test/")} == {"test"}
+
+
+# Order and shards
+
+
+def test_every_photograph_is_there_once_with_its_label() -> None:
+    rows = rows_of({"a": 60, "b": 41})
+    rows[5] |= {"reason": "truncated", "message": "ends early"}
+    plan = decide(rows, POLICY._replace(shard_bytes=9000))
+    assert sorted(plan.rows["place"].tolist()) == list(range(100))
+    assert sum(plan.shard_rows) == 100
+    assert plan.rows["number"].tolist() == [10 * i for i in range(101) if i != 5]
+    expected = [plan.class_names.index(r["label"]) for i, r in enumerate(rows) if i != 5]
+    assert plan.rows["label"].tolist() == expected
+    assert plan.rejected.to_pylist() == [
+        {"key": rows[5]["key"], "reason": "truncated", "message": "ends early"}
+    ]
+    assert plan.shard_names[:9] == tuple(f"train-{i:05d}.parquet" for i in range(9))
+    assert set(plan.shard_rows[:9].tolist()) <= {8, 9}
+    assert len(plan.shard_names) == 11
+
+
+def test_the_plan_does_not_depend_on_the_order_of_reading() -> None:
+    rows = alike(rows_of({"a": 50, "b": 50}), "twin", "a/0003.jpg", "b/0004.jpg")
+    rows = alike(rows, "other", "b/0033.jpg", "b/0044.jpg")
+    numbered = pa.Table.from_pylist(
+        [r | {"number": i} for i, r in enumerate(rows)], prepare.READ_SCHEMA
+    )
+    mixed = numbered.take(np.random.default_rng(1).permutation(len(rows)))
+    first, second = (
+        prepare.decide(table, POLICY, has_splits=False, source="here")
+        for table in (numbered, mixed)
+    )
+    for name, column in first.rows.items():
+        assert np.array_equal(column, second.rows[name])
+    plain = ("shard_names", "counts", "rejected", "duplicates", "dropped", "notes")
+    for field in plain:
+        assert getattr(first, field) == getattr(second, field)
+    assert {field.name for field in dataclasses.fields(Plan)} == {
+        *plain,
+        "class_names",
+        "shard_rows",
+        "rows",
+    }
+
+
+def test_the_order_depends_on_the_seed_only() -> None:
+    rows = rows_of({"a": 50, "b": 50})
+    first, again, other = (
+        decide(rows, POLICY._replace(seed=seed)).rows["place"].tolist() for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_order_is_a_shuffle() -> None:
+    """A run of rows is a fair sample: in each quarter of train, each class has its share."""
+    plan = decide(rows_of({"a": 500, "b": 500}))
+    order = np.argsort(plan.rows["place"])
+    labels = plan.rows["label"][order][:800]
+    quarters = labels.reshape(4, 200).mean(axis=1)
+    assert np.all(np.abs(quarters - 0.5) < 0.13)  # four deviations of 200 throws of a coin
+
+
+# What cannot be trained on
+
+
+def test_nothing_readable() -> None:
+    rows = [r | {"reason": "empty", "message": ""} for r in rows_of({"a": 2, "b": 1})]
+    with pytest.raises(UserError, match="none of the 3 photographs can be used: 3 empty") as caught:
+        decide(rows)
+    assert caught.value.reason == "nothing-readable"
+
+
+def test_a_class_that_cannot_be_read() -> None:
+    rows = rows_of({"a": 4, "b": 4, "c": 1})
+    rows[-1] |= {"reason": "empty", "message": ""}
+    with pytest.raises(UserError, match="no photograph of the class c of here") as caught:
+        decide(rows)
+    assert caught.value.reason == "class-unreadable"
+
+
+def test_one_class() -> None:
+    with pytest.raises(UserError, match="one class only, a") as caught:
+        decide(rows_of({"a": 4}))
+    assert caught.value.reason == "one-class"
+
+
+def test_a_class_of_which_train_keeps_nothing() -> None:
+    rows = alike(rows_of({"a": 9, "b": 1}), "twin", "a/0000.jpg", "b/0000.jpg")
+    with pytest.raises(UserError, match="class b of here has no training example") as caught:
+        decide(rows)
+    assert caught.value.reason == "class-without-training"
+
+
+def test_number_labels_are_in_the_order_of_their_values() -> None:
+    rows = [row(f"x/{i}.jpg", label=str(i % 11)) for i in range(110)]
+    assert decide(rows).class_names == tuple(str(i) for i in range(11))
