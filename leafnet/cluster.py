@@ -37,9 +37,9 @@ _MAX_THREADS = 4
 _POLL_S = 0.25
 _CONNECT_S = 10.0
 
-# Ray Data's shuffles ask for worker processes of their own by the last two variables, and starting
-# those takes seconds for each of a shuffle's two stages. With both given to all tasks, every process
-# serves every stage. Tasks beside a shuffle have to give this as their own `runtime_env` as well:
+# Ray Data's shuffles ask for worker processes of their own by the last two variables, and to start
+# those takes seconds for each of a shuffle's two stages. With both given to all tasks, the same
+# processes serve every stage. Tasks beside a shuffle have to give this as their own `runtime_env`:
 # Ray spells that of a job differently, and takes another spelling for another environment.
 RUNTIME_ENV = {
     "env_vars": {

@@ -274,10 +274,10 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Pairs:
 def _parts(fixed: int) -> list[int]:
     """`fixed`, a mask of 64 bits, with each quarter of the bits that it leaves free."""
     free = [bit for bit in range(64) if not fixed >> bit & 1]
-    size = -(-len(free) // _BANDS)
+    ends = [len(free) * i // _BANDS for i in range(_BANDS + 1)]
+    # Of like sizes: an empty one would select what `fixed` selects, and a long run stay as long.
     return [
-        fixed | sum(1 << bit for bit in free[start : start + size])
-        for start in range(0, size * _BANDS, size)
+        fixed | sum(1 << bit for bit in free[start:end]) for start, end in itertools.pairwise(ends)
     ]
 
 

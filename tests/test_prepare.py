@@ -224,7 +224,7 @@ def found_pairs(hashes: list[int], distance: int) -> list[tuple[int, int]]:
     distinct = np.unique(array)
     assert np.array_equal(distinct[pairs.inverse], array)
     assert pairs.distance.tolist() == [
-        (int(distinct[a]) ^ int(distinct[b])).bit_count() for a, b in zip(pairs.a, pairs.b)
+        int(distinct[a] ^ distinct[b]).bit_count() for a, b in zip(pairs.a, pairs.b, strict=True)
     ]
     return [(int(distinct[a]), int(distinct[b])) for a, b in zip(pairs.a, pairs.b, strict=True)]
 
@@ -236,6 +236,15 @@ def crowded_hashes(draw: st.DrawFn) -> list[int]:
     flips = st.sets(st.integers(0, 63), max_size=5)
     near = draw(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=60))
     return centres + [centre ^ sum(1 << bit for bit in bits) for centre, bits in near]
+
+
+@pytest.mark.parametrize("bits", range(65))
+def test_parts_cover_the_free_bits_once_and_none_is_empty(bits: int) -> None:
+    fixed = (1 << bits) - 1
+    parts = [mask ^ fixed for mask in prepare._parts(fixed)]
+    assert sum(parts) == fixed ^ (2**64 - 1)
+    assert sum(part.bit_count() for part in parts) == 64 - bits
+    assert all(parts) or bits > 60
 
 
 @settings(max_examples=60, deadline=None)
@@ -355,7 +364,7 @@ def test_group_without_a_group_in_it_and_keys_without_a_match() -> None:
 
 
 def test_group_that_matches_nothing_or_is_no_expression() -> None:
-    with pytest.raises(UserError, match="matches no key; the first is a/0000.jpg") as caught:
+    with pytest.raises(UserError, match=r"matches no key; the first is a/0000\.jpg") as caught:
         decide(rows_of({"a": 3, "b": 3}), POLICY._replace(group="plant"))
     assert caught.value.reason == "group-without-match"
     with pytest.raises(UserError, match="is not a regular expression") as caught:
