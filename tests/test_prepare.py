@@ -257,7 +257,7 @@ def test_near_pairs_are_those_of_brute_force(hashes: list[int], distance: int) -
 
 def test_near_pairs_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are cut into smaller ones, and pairs that do not fit at once."""
-    monkeypatch.setattr(prepare, "_LONG_RUN", 4)
+    monkeypatch.setattr(prepare, "_LONG_RUN", 24)
     monkeypatch.setattr(prepare, "_PAIRS_AT_ONCE", 7)
     draw = np.random.default_rng(0)
     # Bits in few places only: every band has long runs.
