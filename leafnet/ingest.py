@@ -37,8 +37,8 @@ from leafnet.terminal import say
 
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
-# There from before the first shard is written until the index is, so that what an interrupted
-# start left can be told from what belongs to somebody else.
+# There from the start until the index is written, so that what an interrupted start left can be told
+# from what belongs to somebody else.
 _UNFINISHED = "unfinished.json"
 _LOG = "prepare.log"
 _OURS = re.compile(
@@ -72,6 +72,7 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         say(f"{out} is already prepared; nothing to do")
         return
     _refuse_strangers(out)
+    _mark_unfinished(out)
     log = Path(out if storage.is_local(out) else tempfile.mkdtemp(prefix="leafnet-")) / _LOG
     began = time.monotonic()
     with terminal.chatter_to(log):
@@ -100,7 +101,6 @@ def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[Sha
     plan = prepare.decide(metadata, policy, has_splits=listing.has_splits, source=listing.source)
     for note in plan.notes:
         say(note)
-    storage.write_json(storage.join(out, _UNFINISHED), {"started_at": _now()})
     storage.delete(storage.join(out, shards.INDEX_NAME))
     for name in storage.list_names(out):
         if _OURS.fullmatch(name) and name != _UNFINISHED:
@@ -199,6 +199,18 @@ def _refuse_strangers(out: str) -> None:
             f"--out {out} is not empty and no data set ({', '.join(others[:3]) or 'a file'}, …); "
             "give a new folder",
         )
+
+
+def _mark_unfinished(out: str) -> None:
+    """Write the first file to `out`: whether that is possible is better known before the work."""
+    try:
+        storage.write_json(storage.join(out, _UNFINISHED), {"started_at": _now()})
+    # Every filesystem has errors of its own.
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError("cannot-write", f"cannot write to --out {out}: {reason}") from None
 
 
 def _say_listing(listing: Listing) -> None:

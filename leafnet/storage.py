@@ -165,7 +165,7 @@ def list_names(url: str) -> list[str]:
     fs, path = filesystem(url)
     try:
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
