@@ -385,7 +385,7 @@ def _explain(
     given = ".".join(str(part) for part in first["loc"])
     place = f" in {where}" if where else ""
     if first["type"] == "extra_forbidden":
-        return _unknown(f"setting{place}", given, names + sorted(sections))
+        return _unknown("setting", given, names + sorted(sections), place=place)
     # A union reports a place inside itself, such as `workers.int`.
     name = max(
         (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
@@ -409,10 +409,12 @@ def _is_below(loc: tuple[int | str, ...], name: str) -> bool:
     return ".".join(map(str, loc)).startswith(name + ".")
 
 
-def _unknown(kind: str, given: str, names: Sequence[str], *, prefix: str = "") -> UserError:
+def _unknown(
+    kind: str, given: str, names: Sequence[str], *, prefix: str = "", place: str = ""
+) -> UserError:
     bare = given.removeprefix("--")
     near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5) or [
         name for name in names if name.rsplit(".", 1)[-1] == bare.rsplit(".", 1)[-1]
     ]
     hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all"
-    return UserError("unknown-setting", f"there is no {kind} {given}; {hint}")
+    return UserError("unknown-setting", f"there is no {kind} {given}{place}; {hint}")

@@ -37,8 +37,8 @@ from leafnet.terminal import say
 
 REJECTED = "rejected.parquet"
 DUPLICATES = "duplicates.parquet"
-# There from the start until the index is written, so that what an interrupted start left can be told
-# from what belongs to somebody else.
+# There from the start until the index is written, so that what an interrupted start left can be
+# told from what belongs to somebody else.
 _UNFINISHED = "unfinished.json"
 _LOG = "prepare.log"
 _OURS = re.compile(
