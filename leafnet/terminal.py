@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -29,13 +30,19 @@ EXIT_INTERRUPTED = 130
 # A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
 _PLAIN_INTERVAL_S = 15.0
 
-_console = Console(highlight=False, soft_wrap=True)
+
+def _console_on(file: TextIO | None) -> Console:
+    """A console that leaves texts alone: names of files and classes may have brackets in them."""
+    return Console(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+_console = _console_on(None)
 _log_path: Path | None = None
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
     """Print one line for the person who runs the job, and keep it in the log."""
-    _console.print(text, style=style, markup=False)
+    _console.print(text, style=style)
     logging.getLogger("leafnet").info(text)
 
 
@@ -132,7 +139,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    before, _console = _console, Console(file=terminal, highlight=False, soft_wrap=True)
+    before, _console = _console, _console_on(terminal)
     _log_path = path
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -76,8 +76,8 @@ def test_mistakes_on_the_command_line(argv: list[str], reason: str, message: str
 @pytest.mark.parametrize(
     ("text", "reason", "message"),
     [
-        ("head:\n  epoch: 3\n", "unknown-setting", "head.epoch; did you mean head.epochs?"),
-        ("haed:\n  epochs: 3\n", "unknown-setting", "haed; did you mean head?"),
+        ("head:\n  epoch: 3\n", "unknown-setting", "head.epoch in FILE; did you mean head.epochs?"),
+        ("haed:\n  epochs: 3\n", "unknown-setting", "haed in FILE; did you mean head?"),
         ("workers: 0\n", "bad-value", "--workers cannot be 0 in"),
         ("head: 3\n", "bad-value", "--head cannot be 3 in"),
         ("- 1\n- 2\n", "bad-yaml", "must hold `setting: value` lines"),
@@ -90,7 +90,7 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, reason: str, message: s
     with pytest.raises(UserError) as caught:
         parse([*REQUIRED, "--config", str(file)])
     assert caught.value.reason == reason
-    assert message in str(caught.value)
+    assert message.replace("FILE", str(file)) in str(caught.value)
 
 
 def test_settings_are_frozen() -> None:

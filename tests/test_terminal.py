@@ -1,0 +1,265 @@
+"""What a person sees, what goes to the log, and with which code a job ends."""
+
+import logging
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from leafnet import terminal
+from leafnet.errors import UserError
+from leafnet.terminal import say
+
+Capture = pytest.CaptureFixture[str]
+
+# The child of a test runs a job as jobs/*.py do, with `job` as given.
+CHILD = """
+import logging, os, subprocess, sys, time
+from pathlib import Path
+from leafnet import terminal
+from leafnet.errors import UserError
+from leafnet.terminal import say
+
+def job(argv):
+{body}
+
+sys.exit(terminal.run_job(job))
+"""
+
+
+def child(body: str, *arguments: object) -> list[str]:
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    return [sys.executable, "-c", CHILD.format(body=lines), *map(str, arguments)]
+
+
+def run(body: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(child(body, *arguments), capture_output=True, text=True, timeout=60)
+
+
+# How jobs end
+
+
+def test_a_job_that_is_done(capsys: Capture) -> None:
+    given: list[str] = []
+    assert terminal.run_job(given.extend, ["--seed", "3"]) == 0
+    assert given == ["--seed", "3"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_of_the_user_is_one_line(capsys: Capture) -> None:
+    def job(argv: Sequence[str]) -> None:
+        raise UserError("no-such-folder", "--source photos does not exist")
+
+    assert terminal.run_job(job, []) == 2
+    assert capsys.readouterr() == ("", "error[no-such-folder]: --source photos does not exist\n")
+
+
+def test_a_mistake_of_ours_has_its_stack_trace() -> None:
+    done = run('raise KeyError("three\\nlines\\nlong")')
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.endswith("\nerror[internal]: KeyError: 'three\\nlines\\nlong'\n")
+
+
+def test_a_mistake_of_ours_in_a_job_with_a_log(tmp_path: Path) -> None:
+    body = """
+with terminal.chatter_to(Path(argv[0])):
+    raise RuntimeError("broken\\nin two lines")
+"""
+    done = run(body, tmp_path / "job.log")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error[internal]: RuntimeError: broken\nthe details are in {tmp_path / 'job.log'}\n"
+    )
+    log = (tmp_path / "job.log").read_text()
+    assert "Traceback (most recent call last):" in log
+    assert log.endswith("RuntimeError: broken\nin two lines\n")
+
+
+def test_a_mistake_of_the_user_leaves_no_stack_trace_in_the_log(tmp_path: Path) -> None:
+    body = """
+with terminal.chatter_to(Path(argv[0])):
+    raise UserError("one-class", "one class only")
+"""
+    done = run(body, tmp_path / "job.log")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error[one-class]: one class only\n"
+    assert (tmp_path / "job.log").read_text() == ""
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_interrupted_from_the_keyboard(tmp_path: Path, logged: bool) -> None:
+    wait = "say('ready')\ntime.sleep(60)"
+    if logged:
+        inner = wait.replace("\n", "\n    ")
+        wait = f"with terminal.chatter_to(Path(argv[0])):\n    {inner}"
+    process = subprocess.Popen(
+        child(wait, tmp_path / "job.log"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "interrupted; run the same command again to go on\n"
+
+
+def test_help_is_not_an_error(capsys: Capture) -> None:
+    def job(argv: Sequence[str]) -> None:
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit) as caught:
+        terminal.run_job(job, ["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
+# What is seen and what is logged
+
+
+NOISE = """
+say("before")
+with terminal.chatter_to(Path(argv[0])):
+    print("a library prints")
+    print("a library complains", file=sys.stderr)
+    os.write(1, b"C++ writes\\n")
+    os.write(2, b"C++ complains\\n")
+    subprocess.run(["echo", "a process started by a library"], check=True)
+    logging.getLogger("ray").warning("a library logs")
+    say("for the person [300 of 2/3] :smile:")
+    terminal.table("results", ["class", "n"], [["rust [1]", "1"], ["a:leaf:", "20"]])
+    with terminal.progress("read", 2) as advance:
+        advance(1)
+        advance(1)
+print("after", file=sys.stderr)
+say("after")
+"""
+
+
+def test_chatter_goes_to_the_log_and_the_rest_to_the_person(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "job.log"
+    done = run(NOISE, path)
+    assert done.returncode == 0
+    assert done.stderr == "after\n"
+    first, said, *table, last, after = done.stdout.splitlines()
+    assert (first, after) == ("before", "after")
+    assert said == "for the person [300 of 2/3] :smile:"
+    assert [line.rstrip() for line in table] == [
+        "results",
+        "class      n",
+        "rust [1]   1",
+        "a:leaf:   20",
+    ]
+    assert last.startswith("read         2 of 2 images ")
+    log = path.read_text()
+    for noise in (
+        *("a library prints", "a library complains", "C++ writes", "C++ complains"),
+        *("a process started by a library", "a library logs"),
+    ):
+        assert noise in log
+        assert noise not in done.stdout + done.stderr
+    for told in (said, last):
+        assert f"INFO leafnet: {told}" in log
+    assert "before" not in log
+    assert "after" not in log
+
+
+def test_a_log_is_added_to_and_not_executable(tmp_path: Path) -> None:
+    path = tmp_path / "job.log"
+    for line in ("first", "second"):
+        with terminal.chatter_to(path):
+            os.write(1, f"{line}\n".encode())
+    assert path.read_text() == "first\nsecond\n"
+    assert not stat.S_IMODE(path.stat().st_mode) & 0o111
+
+
+def test_the_terminal_is_given_back_after_an_error(tmp_path: Path, capfd: Capture) -> None:
+    before = list(logging.getLogger("leafnet").handlers)  # pytest has some of its own
+
+    def job(argv: Sequence[str]) -> None:
+        with terminal.chatter_to(tmp_path / "job.log"):
+            say("inside")
+            raise UserError("x", "y")
+
+    assert terminal.run_job(job, []) == 2
+    say("outside")
+    os.write(2, b"complaint\n")
+    assert capfd.readouterr() == ("inside\noutside\n", "error[x]: y\ncomplaint\n")
+    assert logging.getLogger("leafnet").handlers == before
+
+
+# Progress
+
+
+def test_progress_in_plain_lines(capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_PLAIN_INTERVAL_S", 0.05)
+    with terminal.progress("read", 3000, unit="MB") as advance:
+        advance(10)
+        time.sleep(0.06)
+        advance(1000)
+        advance(1)
+        time.sleep(0.06)
+        advance(1989)
+    first, last = capfd.readouterr().out.splitlines()
+    assert first.startswith("read         1,010 of 3,000 MB   ")
+    assert first.endswith(" MB/s")
+    assert last.startswith("read         3,000 of 3,000 MB   ")
+    assert last.endswith(" s")
+
+
+def test_progress_that_breaks_off_does_not_say_that_it_ended(capfd: Capture) -> None:
+    def job(argv: Sequence[str]) -> None:
+        with terminal.progress("read", 3) as advance:
+            advance(1)
+            raise KeyboardInterrupt
+
+    assert terminal.run_job(job, []) == 130
+    assert capfd.readouterr().out == ""
+
+
+def test_progress_without_anything_to_do(capfd: Capture) -> None:
+    with terminal.progress("read", 0):
+        pass
+    assert capfd.readouterr().out.startswith("read         0 of 0 images ")
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
+    body = """
+with terminal.chatter_to(Path(argv[0])), terminal.progress("read", 4) as advance:
+    for _ in range(4):
+        advance(1)
+        time.sleep(0.3)
+"""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        child(body, tmp_path / "job.log"), stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=30) == 0
+    text = shown.decode()
+    assert "━" in text
+    assert "2 of 4 images" in text
+    assert "images/s" in text
+    # The bar is wiped away and one line stays.
+    assert text.splitlines()[-1].split("\x1b[2K")[-1].startswith("read         4 of 4 images ")
+    assert "━" not in (tmp_path / "job.log").read_text()
