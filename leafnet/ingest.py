@@ -53,6 +53,7 @@ _BLOCK_EXAMPLES = 512
 # A table's binary column holds less than 2 GiB.
 _MAX_IMAGE_BYTES = 512_000_000
 _READERS = 16
+_POST_EVERY = 16  # examples
 
 _READ_SCHEMA = prepare.READ_SCHEMA
 for _field in (("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32())):
@@ -232,9 +233,9 @@ def _say_listing(listing: Listing) -> None:
 
 def _read(listing: Listing, board: cluster.Board, *, max_pixels: int) -> ray.data.Dataset:
     """Every example with its bytes and metadata (_READ_SCHEMA), in Ray's object store."""
-    total, unit = listing.examples, "images"
+    total, unit, step = listing.examples, "images", 1
     if total is None:
-        total, unit = -(-listing.size // 1_000_000), "MB"
+        total, unit, step = -(-listing.size // 1_000_000), "MB", 1_000_000
     items = ray.data.from_arrow(_blocks(listing.items))
     # Fingerprinting is what takes time, so a task takes a CPU; files are fetched by threads.
     read = _map(
@@ -245,8 +246,16 @@ def _read(listing: Listing, board: cluster.Board, *, max_pixels: int) -> ray.dat
         max_pixels=max_pixels,
         board=board.handle,
     )
-    with terminal.progress("read", total, unit=unit) as advance, board.follow(advance):
-        done: ray.data.Dataset = read.materialize()
+    seen = 0
+    with terminal.progress("read", total, unit=unit) as advance:
+
+        def on_event(count: int) -> None:
+            nonlocal seen
+            before, seen = seen, seen + count
+            advance(-(-seen // step) + (-before // step))
+
+        with board.follow(on_event):
+            done: ray.data.Dataset = read.materialize()
     return done
 
 
@@ -283,24 +292,26 @@ def _blocks(items: pa.Table) -> list[pa.Table]:
 def read_items(
     items: pa.Table, *, layout: sources.Layout, names: tuple[str, ...], max_pixels: int, board: Any
 ) -> Iterator[pa.Table]:
-    """Tables of _READ_SCHEMA for some rows of a listing: one row an example, readable or not."""
+    """Tables of _READ_SCHEMA for some rows of a listing: one row an example, readable or not.
+
+    Posts progress to `board`: photographs, and of tars, which do not say how many they hold, bytes.
+    """
     rows: list[dict[str, Any]] = []
-    size = waiting = done = 0
-    for item, sample in _samples(items, layout, names):
+    size = told = waiting = 0
+    for number, (item, sample) in enumerate(_samples(items, layout, names), start=1):
         row = _row(sample, max_pixels)
         row["number"] = item["item"] << 32 | sample.row
         rows.append(row)
         size += row["bytes"] or 0
-        waiting += 1
-        if layout != "tars" and waiting >= 16:
+        waiting += len(sample.image or b"") if layout == "tars" else 1
+        if number % _POST_EVERY == 0:
             board.post.remote(waiting)
-            waiting = 0
+            told, waiting = told + waiting, 0
         if size >= _BLOCK_BYTES:
             yield pa.Table.from_pylist(rows, _READ_SCHEMA)
             rows, size = [], 0
     if layout == "tars":
-        done = int(sum(items["size"].to_pylist()))
-        waiting = -(-done // 1_000_000)
+        waiting = sum(items["size"].to_pylist()) - told
     board.post.remote(waiting)
     yield pa.Table.from_pylist(rows, _READ_SCHEMA)
 
