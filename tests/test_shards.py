@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,7 +89,7 @@ def test_the_same_table_is_the_same_file(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_all_that_training_sees(tmp_path: Path) -> None:
-    def replaced(**changes: str) -> list[Shard]:
+    def replaced(**changes: Any) -> list[Shard]:
         return [dataclasses.replace(index.shards[0], **changes), *index.shards[1:]]
 
     index = write(tmp_path)
