@@ -87,6 +87,10 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
                 "no-cluster",
                 f"cannot use a Ray cluster at {address or 'this machine'}: {reason}",
             ) from None
+        except BaseException:
+            # Interrupted. A Ray that is half there crashes the process when Python ends.
+            ray.shutdown()
+            raise
     # Ray Data draws bars of its own; leafnet shows one for each stage.
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
