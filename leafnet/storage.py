@@ -87,6 +87,21 @@ def exists(url: str) -> bool:
     return bool(fs.exists(path))
 
 
+def reach(url: str, *, flag: str) -> bool:
+    """True when something is at `url`, which a person gave as `flag`.
+
+    Raises:
+        UserError: its filesystem does not answer: no network, no permission, no such account.
+    """
+    fs, path = filesystem(url)
+    try:
+        return bool(fs.exists(path))
+    # Every filesystem has errors of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError("cannot-reach", f"cannot reach {flag} {url}: {reason}") from None
+
+
 def is_folder(url: str) -> bool:
     """True when `url` is a folder, or a prefix with something below it."""
     fs, path = filesystem(url)

@@ -1,4 +1,6 @@
 import json
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,33 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_unknown_protocol() -> None:
     with pytest.raises(UserError, match="cannot open ftpx://host/a"):
         storage.exists("ftpx://host/a")
+
+
+@pytest.fixture
+def fresh_filesystems() -> Iterator[None]:
+    """Filesystems take their endpoints from the environment once a process; here and not after."""
+    storage._filesystem.cache_clear()
+    yield
+    storage._filesystem.cache_clear()
+
+
+def test_a_store_that_does_not_answer(
+    fresh_filesystems: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="cannot reach --source s3://leaves/a: ") as caught:
+        storage.reach("s3://leaves/a", flag="--source")
+    assert caught.value.reason == "cannot-reach"
+    assert address in str(caught.value)
 
 
 def test_relative_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
