@@ -327,8 +327,10 @@ def _work(config: dict[str, Any]) -> None:
     place = training.Place(context.get_world_rank(), context.get_world_size())
     try:
         limit_threads(_threads(), gpu=config["gpu"])
-        with _local_features(job) as splits:
-            _fit_and_evaluate(job, place, splits, post)
+        local = local_features(job)
+        _fit_and_evaluate(job, place, local, post)
+        # What is mapped stays readable for the workers of this node that still have it open.
+        shutil.rmtree(local.folder, ignore_errors=True)
     except (UserError, features.DamagedParts) as error:
         # Not raised: Ray Train would try again what fails in the same way every time.
         ray.get(post(("error", error)))
@@ -342,11 +344,11 @@ def _threads() -> int:
 def _fit_and_evaluate(
     job: HeadJob,
     place: training.Place,
-    splits: dict[str, SplitFeatures],
+    local: "LocalFeatures",
     post: Callable[[Any], Any],
 ) -> None:
+    splits, mean, deviation = local.splits, local.mean, local.deviation
     train = splits["train"]
-    mean, deviation = features.statistics(train.features)
     gather = (
         _online_views(job, job.online, place)
         if job.online
@@ -393,9 +395,21 @@ def _fit_and_evaluate(
         ray.get(post(("result", HeadResult(state, mean, deviation, {}))))
 
 
-@contextmanager
-def _local_features(job: HeadJob) -> Iterator[dict[str, SplitFeatures]]:
-    """Every split's features, memory-mapped from this node's disk; workers of a node share them."""
+class LocalFeatures(NamedTuple):
+    """Every split's features, memory-mapped from `folder` on this node's disk."""
+
+    folder: Path
+    splits: dict[str, SplitFeatures]
+    mean: NDArray[np.float32]  # [D] of the training features
+    deviation: NDArray[np.float32]  # [D]
+
+
+def local_features(job: HeadJob) -> LocalFeatures:
+    """The features that `job` names; all processes of a node share one copy, which stays there.
+
+    Raises:
+        features.DamagedParts: the cache has to be repaired first.
+    """
     names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
     digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
@@ -412,11 +426,21 @@ def _local_features(job: HeadJob) -> Iterator[dict[str, SplitFeatures]]:
             parts = job.parts[split]
             splits[split] = features.assemble(job.cache_root, parts, views, path=str(mapped))
             if splits[split].labels.size:
-                np.save(folder / "partial.npy", splits[split].labels)
-                os.replace(folder / "partial.npy", labels)
-    yield splits
-    # What is mapped stays readable for those who have it open.
-    shutil.rmtree(folder, ignore_errors=True)
+                _save(labels, splits[split].labels)
+        statistics = folder / "statistics.npy"
+        if not statistics.exists():
+            _save(
+                statistics,
+                np.stack(features.statistics(features.moments(splits["train"].features))),
+            )
+    mean, deviation = np.load(statistics)
+    return LocalFeatures(folder, splits, mean, deviation)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    aside = path.with_name("partial.npy")
+    np.save(aside, array)
+    os.replace(aside, path)
 
 
 def _online_views(job: HeadJob, online: Online, place: training.Place) -> training.Gather:
