@@ -2,9 +2,11 @@
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -19,6 +21,8 @@ import ray
 import ray.data
 import ray.train
 from numpy.typing import NDArray
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from leafnet import backbone, checkpoint, features, shards, training
 from leafnet.classifier import fold_standardisation, head_logits
@@ -33,6 +37,10 @@ from leafnet.shards import Shard
 # with many cores is better used by several actors.
 _MAX_THREADS = 4
 _POLL_S = 0.25
+
+_WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+# Ray Train's watcher of spot machines and its metrics for the dashboard: a process each.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
 
 
 class Node(NamedTuple):
@@ -54,12 +62,21 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     connected = ray.is_initialized()
     if not connected:
         local = settings.address is None and "RAY_ADDRESS" not in os.environ
+        environment = _WORKER_ENVIRONMENT
+        if local:
+            # What Ray starts here inherits the environment. A runtime environment would make it
+            # throw away the processes that it starts in advance, and the dashboard starts seven:
+            # both cost seconds of a job of less than a minute.
+            for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_ENVIRONMENT}.items():
+                os.environ.setdefault(name, value)
+            environment = {}
         try:
             ray.init(
                 address=settings.address,
                 num_cpus=settings.cpus if local else None,
+                include_dashboard=False if local else None,
                 logging_level=logging.WARNING,
-                runtime_env={"env_vars": {"TF_CPP_MIN_LOG_LEVEL": "2"}},
+                runtime_env={"env_vars": environment} if environment else None,
             )
         except (ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -122,8 +139,12 @@ def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:
         return wanted, "as set"
     look = ray.remote(num_cpus=0)(_local_precision)
     found: set[tuple[str, str]] = set()
+    me = ray.get_runtime_context().get_node_id()
     for node in _ray_nodes():
         if node["Alive"] and (not gpu or node["Resources"].get("GPU")):
+            if node["NodeID"] == me:  # a task would take a process to start
+                found.add(_local_precision(gpu))
+                continue
             here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                 node["NodeID"], soft=False
             )
@@ -277,10 +298,6 @@ def fit_head(
         UserError: the loss is not finite, or a checkpoint belongs to other settings.
         features.DamagedParts: the cache has to be repaired first.
     """
-    # Not at the top: it imports TensorFlow, which takes seconds in each process that imports this
-    # module, and of them only the workers of Ray Train need it.
-    from ray.train.tensorflow import TensorflowTrainer
-
     board = Board()
     posted: dict[str, Any] = {"tallies": []}
 
@@ -294,9 +311,10 @@ def fit_head(
             posted[kind] = value
 
     # A shard that was read by the driver is the same for every worker; the job is small.
-    trainer = TensorflowTrainer(
+    trainer = DataParallelTrainer(
         _work,
         train_loop_config={"job": job, "board": board.handle, "gpu": gpu},
+        backend_config=_TensorflowConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus_per_worker}
         ),
@@ -317,6 +335,46 @@ def fit_head(
             (tallies[split] for tallies in posted["tallies"]), empty_tally(len(job.class_names))
         )
     return result
+
+
+class _TensorflowConfig(BackendConfig):
+    """Tells each worker of the others in TF_CONFIG, as `ray.train.tensorflow.TensorflowTrainer`.
+
+    To import that imports TensorFlow, 4 s each in the driver and in the controller before a worker
+    is started; of all processes only the workers need it.
+    """
+
+    @property
+    def backend_cls(self) -> type["_TensorflowBackend"]:
+        return _TensorflowBackend
+
+
+class _TensorflowBackend(Backend):
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        addresses = worker_group.execute(_free_address)
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
+def _free_address() -> str:
+    with socket.socket(socket.AF_INET6 if ":" in _node_ip() else socket.AF_INET) as listener:
+        listener.bind(("", 0))
+        host = f"[{_node_ip()}]" if ":" in _node_ip() else _node_ip()
+        return f"{host}:{listener.getsockname()[1]}"
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())
+
+
+def _set_tf_config(addresses: list[str], rank: int) -> None:
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+    )
 
 
 def _work(config: dict[str, Any]) -> None:
