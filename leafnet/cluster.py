@@ -21,7 +21,9 @@ import ray
 import ray.data
 import ray.train
 from numpy.typing import NDArray
+from ray._private.worker import get_dashboard_url
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from leafnet import backbone, checkpoint, features, shards, training
@@ -39,8 +41,13 @@ _MAX_THREADS = 4
 _POLL_S = 0.25
 
 _WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
-# Ray Train's watcher of spot machines and its metrics for the dashboard: a process each.
-_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
+# whether workers are done every 2 s.
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+}
 
 
 class Node(NamedTuple):
@@ -311,7 +318,7 @@ def fit_head(
             posted[kind] = value
 
     # A shard that was read by the driver is the same for every worker; the job is small.
-    trainer = DataParallelTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"job": job, "board": board.handle, "gpu": gpu},
         backend_config=_TensorflowConfig(),
@@ -335,6 +342,21 @@ def fit_head(
             (tallies[split] for tallies in posted["tallies"]), empty_tally(len(job.class_names))
         )
     return result
+
+
+class _Trainer(DataParallelTrainer):
+    """Without the process that removes the workers of a dead controller where Ray has no dashboard.
+
+    It asks the dashboard whether the controller lives, and seen here in Ray 2.60 it takes no answer
+    for a no: the workers are killed in the middle of the fit. On a Ray of our own all ends with
+    the job anyway.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if get_dashboard_url():
+            return list(callbacks)
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 class _TensorflowConfig(BackendConfig):
