@@ -224,24 +224,8 @@ def build(
     """
     import keras
 
-    stock = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(image_size, image_size, 3)
-    )
-
-    def without_norm(layer: "keras.Layer", *args: "keras.KerasTensor", **kwargs: bool) -> object:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            return args[0]
-        return layer(*args, **kwargs)
-
-    def in_precision(layer: "keras.Layer") -> "keras.Layer":
-        config = layer.get_config() | {"dtype": precision}
-        if "kernel_initializer" in config:
-            config["kernel_initializer"] = "zeros"  # the weights follow; random ones take seconds
-        return layer.__class__.from_config(config)
-
-    folded = keras.models.clone_model(
-        stock, clone_function=in_precision, call_function=without_norm
-    )
+    maps_in = keras.Input((image_size, image_size, 3), dtype=precision)
+    folded = keras.Model(maps_in, _layers(maps_in, precision), name="resnet50")
     for name, (kernel, bias) in weights.items():
         folded.get_layer(name).set_weights([kernel, bias])
 
@@ -252,6 +236,45 @@ def build(
     model = keras.Model(images, features, name="backbone")
     model.trainable = False
     return model
+
+
+def _layers(x: "keras.KerasTensor", precision: str) -> "keras.KerasTensor":
+    """Keras's ResNet50 without its BatchNorm layers, and without weights that matter.
+
+    Built here and not cloned from `keras.applications`, whose random initial weights took three
+    quarters of the time of building.
+    """
+    import keras
+
+    shapes = {conv: shape for conv, _, shape in convolutions()}
+
+    def conv(x: "keras.KerasTensor", name: str, stride: int = 1) -> "keras.KerasTensor":
+        height, width, _, filters = shapes[f"{name}_conv"]
+        return keras.layers.Conv2D(
+            filters,
+            (height, width),
+            strides=stride,
+            padding="valid" if name == "conv1" else "same",
+            kernel_initializer="zeros",
+            dtype=precision,
+            name=f"{name}_conv",
+        )(x)
+
+    def relu(x: "keras.KerasTensor") -> "keras.KerasTensor":
+        return keras.layers.Activation("relu", dtype=precision)(x)
+
+    x = relu(conv(keras.layers.ZeroPadding2D(3, dtype=precision)(x), "conv1", stride=2))
+    x = keras.layers.ZeroPadding2D(1, dtype=precision)(x)
+    x = keras.layers.MaxPooling2D(3, strides=2, dtype=precision)(x)
+    for stage, blocks in enumerate((3, 4, 6, 3), start=2):
+        for block in range(1, blocks + 1):
+            name = f"conv{stage}_block{block}"
+            stride = 2 if block == 1 and stage > 2 else 1
+            shortcut = conv(x, f"{name}_0", stride) if block == 1 else x
+            x = relu(conv(x, f"{name}_1", stride))
+            x = conv(relu(conv(x, f"{name}_2")), f"{name}_3")
+            x = relu(keras.layers.Add(dtype=precision)([shortcut, x]))
+    return x
 
 
 def choose_precision(wanted: str, *, compute_capability: tuple[int, int] | None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,10 @@ import ray.data
 import ray.exceptions
 import ray.train
 from numpy.typing import NDArray
+from ray._private.worker import get_dashboard_url
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from leafnet import backbone, checkpoint, features, shards, training
 from leafnet.classifier import fold_standardisation, head_logits
@@ -39,14 +44,23 @@ _CONNECT_S = 10.0
 
 # Ray Data's shuffles ask for worker processes of their own by the last two variables, and to start
 # those takes seconds for each of a shuffle's two stages. With both given to all tasks, the same
-# processes serve every stage. Tasks beside a shuffle have to give this as their own `runtime_env`:
+# processes serve every stage. The session has to be given this, and each task beside a shuffle too:
 # Ray spells that of a job differently, and takes another spelling for another environment.
-RUNTIME_ENV = {
+SHUFFLE_ENV = {
     "env_vars": {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "RAY_DATA_SHUFFLE_MAP_WORKER": "1",
         "RAY_DATA_SHUFFLE_REDUCE_WORKER": "1",
     }
+}
+
+_WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+# Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
+# whether workers are done every 2 s.
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
 
 
@@ -58,7 +72,9 @@ class Node(NamedTuple):
 
 
 @contextmanager
-def session(settings: RaySettings) -> Iterator[list[Node]]:
+def session(
+    settings: RaySettings, *, runtime_env: dict[str, Any] | None = None
+) -> Iterator[list[Node]]:
     """The nodes of the cluster that the settings name, or of a local one, until the block ends.
 
     Where this process is connected already, it only looks, and stays connected.
@@ -72,14 +88,21 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
         local = address is None
         if address is not None:
             _check_listening(address)
+        if local:
+            # What Ray starts here inherits the environment. A runtime environment would make it
+            # throw away the processes that it starts in advance, and the dashboard starts seven:
+            # both cost seconds of a job of less than a minute.
+            for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_ENVIRONMENT}.items():
+                os.environ.setdefault(name, value)
+        elif runtime_env is None:
+            runtime_env = {"env_vars": _WORKER_ENVIRONMENT}
         try:
             ray.init(
                 address=settings.address,
                 num_cpus=settings.cpus if local else None,
+                include_dashboard=False if local else None,
                 logging_level=logging.WARNING,
-                runtime_env=RUNTIME_ENV,
-                # Of a local Ray; a cluster has its own. It takes a second to start, and memory.
-                include_dashboard=False,
+                runtime_env=runtime_env,
             )
         except (ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -170,8 +193,12 @@ def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:
         return wanted, "as set"
     look = ray.remote(num_cpus=0)(_local_precision)
     found: set[tuple[str, str]] = set()
+    me = ray.get_runtime_context().get_node_id()
     for node in _ray_nodes():
         if node["Alive"] and (not gpu or node["Resources"].get("GPU")):
+            if node["NodeID"] == me:  # a task would take a process to start
+                found.add(_local_precision(gpu))
+                continue
             here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                 node["NodeID"], soft=False
             )
@@ -325,10 +352,6 @@ def fit_head(
         UserError: the loss is not finite, or a checkpoint belongs to other settings.
         features.DamagedParts: the cache has to be repaired first.
     """
-    # Not at the top: it imports TensorFlow, which takes seconds in each process that imports this
-    # module, and of them only the workers of Ray Train need it.
-    from ray.train.tensorflow import TensorflowTrainer
-
     board = Board()
     posted: dict[str, Any] = {"tallies": []}
 
@@ -342,9 +365,10 @@ def fit_head(
             posted[kind] = value
 
     # A shard that was read by the driver is the same for every worker; the job is small.
-    trainer = TensorflowTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"job": job, "board": board.handle, "gpu": gpu},
+        backend_config=_TensorflowConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus_per_worker}
         ),
@@ -367,6 +391,61 @@ def fit_head(
     return result
 
 
+class _Trainer(DataParallelTrainer):
+    """Without the process that removes the workers of a dead controller where Ray has no dashboard.
+
+    It asks the dashboard whether the controller lives, and seen here in Ray 2.60 it takes no answer
+    for a no: the workers are killed in the middle of the fit. On a Ray of our own all ends with
+    the job anyway.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if get_dashboard_url():
+            return list(callbacks)
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+
+class _TensorflowConfig(BackendConfig):
+    """Tells each worker of the others in TF_CONFIG, as `ray.train.tensorflow.TensorflowTrainer`.
+
+    To import that imports TensorFlow, 4 s each in the driver and in the controller before a worker
+    is started; of all processes only the workers need it.
+    """
+
+    @property
+    def backend_cls(self) -> type["_TensorflowBackend"]:
+        return _TensorflowBackend
+
+
+class _TensorflowBackend(Backend):
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        addresses = worker_group.execute(_free_address)
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
+def _free_address() -> str:
+    with socket.socket(socket.AF_INET6 if ":" in _node_ip() else socket.AF_INET) as listener:
+        listener.bind(("", 0))
+        host = f"[{_node_ip()}]" if ":" in _node_ip() else _node_ip()
+        return f"{host}:{listener.getsockname()[1]}"
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())
+
+
+def _set_tf_config(addresses: list[str], rank: int) -> None:
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+    )
+
+
 def _work(config: dict[str, Any]) -> None:
     """The training loop of one Ray Train worker."""
     job: HeadJob = config["job"]
@@ -375,8 +454,10 @@ def _work(config: dict[str, Any]) -> None:
     place = training.Place(context.get_world_rank(), context.get_world_size())
     try:
         limit_threads(_threads(), gpu=config["gpu"])
-        with _local_features(job) as splits:
-            _fit_and_evaluate(job, place, splits, post)
+        local = local_features(job)
+        _fit_and_evaluate(job, place, local, post)
+        # What is mapped stays readable for the workers of this node that still have it open.
+        shutil.rmtree(local.folder, ignore_errors=True)
     except (UserError, features.DamagedParts) as error:
         # Not raised: Ray Train would try again what fails in the same way every time.
         ray.get(post(("error", error)))
@@ -390,11 +471,11 @@ def _threads() -> int:
 def _fit_and_evaluate(
     job: HeadJob,
     place: training.Place,
-    splits: dict[str, SplitFeatures],
+    local: "LocalFeatures",
     post: Callable[[Any], Any],
 ) -> None:
+    splits, mean, deviation = local.splits, local.mean, local.deviation
     train = splits["train"]
-    mean, deviation = features.statistics(train.features)
     gather = (
         _online_views(job, job.online, place)
         if job.online
@@ -441,9 +522,21 @@ def _fit_and_evaluate(
         ray.get(post(("result", HeadResult(state, mean, deviation, {}))))
 
 
-@contextmanager
-def _local_features(job: HeadJob) -> Iterator[dict[str, SplitFeatures]]:
-    """Every split's features, memory-mapped from this node's disk; workers of a node share them."""
+class LocalFeatures(NamedTuple):
+    """Every split's features, memory-mapped from `folder` on this node's disk."""
+
+    folder: Path
+    splits: dict[str, SplitFeatures]
+    mean: NDArray[np.float32]  # [D] of the training features
+    deviation: NDArray[np.float32]  # [D]
+
+
+def local_features(job: HeadJob) -> LocalFeatures:
+    """The features that `job` names; all processes of a node share one copy, which stays there.
+
+    Raises:
+        features.DamagedParts: the cache has to be repaired first.
+    """
     names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
     digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
@@ -460,11 +553,21 @@ def _local_features(job: HeadJob) -> Iterator[dict[str, SplitFeatures]]:
             parts = job.parts[split]
             splits[split] = features.assemble(job.cache_root, parts, views, path=str(mapped))
             if splits[split].labels.size:
-                np.save(folder / "partial.npy", splits[split].labels)
-                os.replace(folder / "partial.npy", labels)
-    yield splits
-    # What is mapped stays readable for those who have it open.
-    shutil.rmtree(folder, ignore_errors=True)
+                _save(labels, splits[split].labels)
+        statistics = folder / "statistics.npy"
+        if not statistics.exists():
+            _save(
+                statistics,
+                np.stack(features.statistics(features.moments(splits["train"].features))),
+            )
+    mean, deviation = np.load(statistics)
+    return LocalFeatures(folder, splits, mean, deviation)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    aside = path.with_name("partial.npy")
+    np.save(aside, array)
+    os.replace(aside, path)
 
 
 def _online_views(job: HeadJob, online: Online, place: training.Place) -> training.Gather:

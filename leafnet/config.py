@@ -120,6 +120,13 @@ class HeadSettings(Settings):
         description="stop when the validation loss has not improved for so long [epochs]; "
         "none: run all epochs",
     )
+    search: int | None = Field(
+        None,
+        ge=1,
+        description="try so many settings of units, learning_rate, weight_decay, dropout and "
+        "label_smoothing, the first those given, and keep the one with the lowest validation loss "
+        "[trials]; none: those given",
+    )
 
     @field_validator("units")
     @classmethod
@@ -189,6 +196,12 @@ class TrainSettings(Settings):
         "auto", description="images in one pass of the backbone; auto: 32 on CPU, 256 on GPU"
     )
     seed: int = Field(0, ge=0, description="seed of initial weights, order, views and dropout")
+    cross_validate: int | None = Field(
+        None,
+        ge=2,
+        description="also give the accuracy over so many folds of train and valid [folds]; "
+        "none: do not",
+    )
     head: HeadSettings = HeadSettings()
     cache: CacheSettings = CacheSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

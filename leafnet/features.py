@@ -16,7 +16,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -261,30 +261,44 @@ def assemble(root: str, parts: Sequence[Part], views: int, *, path: str) -> Spli
     return SplitFeatures(np.load(path, mmap_mode="r"), labels)
 
 
-def statistics(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation [D] over all examples and views of `features` [N, K, D].
+class Moments(NamedTuple):
+    """Sums over feature vectors, to be added before anything is divided."""
 
-    In float64, and a block at a time: N may be larger than memory. A feature that never changes
-    gets the deviation 1, so that dividing by it is harmless.
+    vectors: int
+    total: NDArray[np.float64]  # [D]
+    squares: NDArray[np.float64]  # [D]
+
+
+def moments(features: Features, rows: NDArray[np.int64] | None = None) -> Moments:
+    """The sums over all views of the examples `rows` (none: all) of `features` [N, K, D].
+
+    In float64, and a block at a time: N may be larger than memory.
     """
     total = np.zeros(features.shape[2])
     squares = np.zeros(features.shape[2])
-    for block in _blocks(features):
-        total += block.sum(axis=0)
-        squares += np.square(block).sum(axis=0)
-    count = features.shape[0] * features.shape[1]
-    mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    examples = features.shape[0] if rows is None else rows.size
+    step = max(1, 4096 // features.shape[1])
+    for start in range(0, examples, step):
+        stop = min(start + step, examples)
+        block = features[start:stop] if rows is None else features[rows[start:stop]]
+        values = block.reshape(-1, features.shape[2]).astype(np.float64)
+        total += values.sum(axis=0)
+        squares += np.square(values).sum(axis=0)
+    return Moments(examples * features.shape[1], total, squares)
+
+
+def statistics(*parts: Moments) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation [D] over all of `parts`.
+
+    A feature that never changes gets the deviation 1, so that dividing by it is harmless.
+    """
+    count = sum(part.vectors for part in parts)
+    mean = np.sum([part.total for part in parts], axis=0) / count
+    squares = np.sum([part.squares for part in parts], axis=0) / count
+    deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))
     # float16 has 11 bits: a spread below that is rounding and would be blown up to noise.
     constant = deviation <= 1e-4 * np.abs(mean) + 1e-12
     return mean.astype(np.float32), np.where(constant, 1.0, deviation).astype(np.float32)
-
-
-def _blocks(features: Features, rows: int = 4096) -> Iterator[NDArray[np.float64]]:
-    step = max(1, rows // features.shape[1])
-    for start in range(0, features.shape[0], step):
-        block = features[start : start + step]
-        yield block.reshape(-1, features.shape[2]).astype(np.float64)
 
 
 def mark_used(root: str) -> None:

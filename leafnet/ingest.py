@@ -78,7 +78,7 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
     began = time.monotonic()
     with terminal.chatter_to(log):
         _say_listing(listing)
-        with cluster.session(settings.ray):
+        with cluster.session(settings.ray, runtime_env=cluster.SHUFFLE_ENV):
             index, plan, read = _prepare(settings, listing, out)
         _say_results(index, plan, read, time.monotonic() - began, log)
 
@@ -269,7 +269,7 @@ def _map(
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_kwargs=kwargs,
-        runtime_env=cluster.RUNTIME_ENV,
+        runtime_env=cluster.SHUFFLE_ENV,
     )
     return mapped
 

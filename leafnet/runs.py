@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from leafnet import (
     inference,
     metrics,
     plots,
+    search,
     shards,
     storage,
     terminal,
@@ -62,6 +64,7 @@ def train(settings: TrainSettings) -> None:
     index = shards.read_index(settings.shards)
     shards.check_sizes(index)
     _check_data(index)
+    _check_search(settings, index)
     started_before = _check_same_settings(run, settings)
     if started_before and _finished(run, index):
         say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
@@ -102,16 +105,20 @@ def _train_on(
         computed = _features(settings, index, weights, reference, precision, batch_size, machines)
         seconds["features"] = seconds.get("features", 0.0) + time.monotonic() - began_stage
         began_stage = time.monotonic()
+        job = _head_job(
+            settings,
+            index,
+            weights,
+            reference,
+            computed,
+            precision=precision,
+            batch_size=batch_size,
+        )
         try:
+            job = _search(job, settings, index, nodes, run, seconds)
             result = _fit_head(
-                settings,
+                job,
                 run,
-                index,
-                weights,
-                reference,
-                computed,
-                precision,
-                batch_size,
                 workers=workers,
                 cpus=cpus,
                 gpu=machines.gpus > 0,
@@ -123,8 +130,10 @@ def _train_on(
             say(f"{error}; computing them again")
             for name in error.names:
                 storage.delete(storage.join(computed.root, name))
-    seconds["head"] = time.monotonic() - began_stage
+    seconds["head"] = time.monotonic() - began_stage - seconds.get("search", 0.0)
 
+    # What is published is described by the settings that were found, if there was a search.
+    settings = settings.model_copy(update={"head": job.head})
     began_stage = time.monotonic()
     for split in SPLITS:
         if result.tallies[split].examples != index.examples(split):
@@ -176,6 +185,29 @@ def _check_data(index: ShardIndex) -> None:
             f"{index.root} has one class only, {index.class_names[0]}; a classifier "
             "needs at least two",
         )
+
+
+def _check_search(settings: TrainSettings, index: ShardIndex) -> None:
+    wanted = "--head.search" if settings.head.search else "--cross_validate"
+    if not settings.head.search and not settings.cross_validate:
+        return
+    if settings.features == "online":
+        raise UserError("search-online", f"{wanted} needs --features cached, found online")
+    if settings.head.search and not index.examples("valid"):
+        raise UserError(
+            "no-validation",
+            f"--head.search chooses on the validation split, and {index.root} has none; prepare "
+            "it with --split 80/10/10, or leave --head.search out",
+        )
+    folds = settings.cross_validate or 0
+    for name in index.class_names:
+        found = sum(index.counts[split][name] for split in ("train", "valid"))
+        if found < folds:
+            raise UserError(
+                "too-many-folds",
+                f"--cross_validate {folds}, but class {name} has only {found} images in train and "
+                "valid; give fewer folds",
+            )
 
 
 def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -318,20 +350,16 @@ def _features(
     return _Features(root, parts, views)
 
 
-def _fit_head(
+def _head_job(
     settings: TrainSettings,
-    run: str,
     index: ShardIndex,
     weights: backbone.Weights,
     reference: Any,
     computed: _Features,
+    *,
     precision: str,
     batch_size: int,
-    *,
-    workers: int,
-    cpus: float,
-    gpu: bool,
-) -> cluster.HeadResult:
+) -> cluster.HeadJob:
     identity = _decisive(settings.model_dump(mode="json")) | {
         "data": index.fingerprint,
         "weights_fingerprint": weights.fingerprint,
@@ -348,7 +376,7 @@ def _fit_head(
             augment=settings.augment,
             batch_size=batch_size,
         )
-    job = cluster.HeadJob(
+    return cluster.HeadJob(
         head=settings.head,
         class_names=index.class_names,
         seed=settings.seed,
@@ -359,14 +387,42 @@ def _fit_head(
         views=computed.views,
         online=online,
     )
+
+
+def _search(
+    job: cluster.HeadJob,
+    settings: TrainSettings,
+    index: ShardIndex,
+    nodes: list[cluster.Node],
+    run: str,
+    seconds: dict[str, float],
+) -> cluster.HeadJob:
+    """`job` with the head settings that a search found; and the accuracy over folds."""
+    began = time.monotonic()
+    if settings.head.search:
+        head = search.search(job, count=settings.head.search, nodes=nodes, run=run)
+        searched = {
+            f"searched.{name}": value for name, value in head.model_dump(mode="json").items()
+        }
+        job = replace(job, head=head, identity=job.identity | searched)
+    if settings.cross_validate:
+        search.cross_validate(job, index, count=settings.cross_validate, nodes=nodes, run=run)
+    if settings.head.search or settings.cross_validate:
+        seconds["search"] = time.monotonic() - began
+    return job
+
+
+def _fit_head(
+    job: cluster.HeadJob, run: str, *, workers: int, cpus: float, gpu: bool
+) -> cluster.HeadResult:
     best = float("inf")
-    with terminal.progress("head", settings.head.epochs, unit="epochs") as advance:
+    with terminal.progress("head", job.head.epochs, unit="epochs") as advance:
 
         def on_epoch(row: dict[str, float]) -> None:
             nonlocal best
             is_best = row.get("valid_loss", best) < best
             best = min(best, row.get("valid_loss", best))
-            say(_epoch_line(row, settings.head.epochs) + ("   best" if is_best else ""))
+            say(_epoch_line(row, job.head.epochs) + ("   best" if is_best else ""))
             advance(1)
 
         return cluster.fit_head(

@@ -20,6 +20,7 @@ from leafnet.errors import UserError
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
+DUPLICATES_NAME = "duplicates.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -203,3 +204,25 @@ def row_groups(root: str, shard: Shard) -> Iterator[pa.Table]:
     file = pq.ParquetFile(pa.BufferReader(data))
     for i in range(file.num_row_groups):
         yield file.read_row_group(i)
+
+
+def read_columns(root: str, shard: Shard, names: Sequence[str]) -> pa.Table:
+    """The columns `names` of `shard`, without reading the photographs; sha256 is not checked."""
+    fs, path = storage.filesystem(storage.join(root, shard.name))
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=list(names))
+
+
+def prepared(root: str) -> dict[str, Any]:
+    """What the index at `root` says about how the data set came to be; {} when nothing."""
+    return dict(storage.read_json(storage.join(root, INDEX_NAME)).get("prepared") or {})
+
+
+def duplicates(root: str) -> list[tuple[str, str]]:
+    """Pairs of keys that jobs/prepare.py found to look alike, in the data set or left out of it."""
+    try:
+        data = storage.read_bytes(storage.join(root, DUPLICATES_NAME))
+    except FileNotFoundError:  # a data set that something else wrote
+        return []
+    table = pq.read_table(pa.BufferReader(data), columns=["key_a", "key_b"])
+    return list(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True))

@@ -28,7 +28,7 @@ def made_data(examples: int = 90, views: int = 4, seed: int = 0) -> TrainingData
         return SplitFeatures(values.astype(np.float16), labels)
 
     train, valid = split(examples, views), split(30, 1)
-    mean, deviation = features.statistics(train.features)
+    mean, deviation = features.statistics(features.moments(train.features))
     gather = training.cached_views(train.features, seed=0)
     return TrainingData(gather, train.labels, valid, mean, deviation)
 
@@ -151,7 +151,7 @@ def test_balanced_weights_raise_the_recall_of_a_rare_class() -> None:
     labels = (np.arange(200) % 10 == 0).astype(np.int32)
     values = generator.normal(size=(200, 1, WIDTH)) + labels[:, None, None] * 0.3
     values = values.astype(np.float16)
-    mean, deviation = features.statistics(values)
+    mean, deviation = features.statistics(features.moments(values))
     nothing = SplitFeatures(values[:0], labels[:0])
     gather = training.cached_views(values, seed=0)
     recall = {}

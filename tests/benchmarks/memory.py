@@ -1,0 +1,104 @@
+"""(f) Peak memory of jobs/train.py on the images and on ten times as many."""
+
+import os
+import shutil
+import threading
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from leafnet import shards
+from tests.benchmarks.rows import Bench, Row, train
+
+TIMES, INTERVAL_S = 10, 0.25
+FLAGS = ("--image_size", "64", "--views", "1", "--head.epochs", "2")
+
+
+def rows(bench: Bench) -> list[Row]:
+    peaks = {}
+    for times in (1, TIMES):
+        root = bench.work / f"times{times}"
+        _repeat(bench.shards, root, times)
+        peaks[times] = _peak(replace(bench, shards=root), f"memory{times}")
+        shutil.rmtree(root)
+    return [
+        Row("f", f"{what}, {times}x the images", peaks[times][i], "MB",
+            peaks[times][i] / peaks[1][i], "1x the images")
+        for i, what in enumerate(("driver", "all processes of the job"))
+        for times in (1, TIMES)
+    ]  # fmt: skip
+
+
+def _repeat(source: Path, root: Path, times: int) -> None:
+    """The data set at `source`, each photograph `times` under as many keys."""
+    index = shards.read_index(str(source))
+    shutil.rmtree(root, ignore_errors=True)
+    written = []
+    for shard in index.shards:
+        table = pa.concat_tables(shards.row_groups(index.root, shard))
+        for i in range(times):
+            keys = pa.array([f"{i}/{key}" for key in table.column("key").to_pylist()])
+            copy = table.set_column(0, shards.SCHEMA.field("key"), keys)
+            name = f"{shard.name.removesuffix('.parquet')}-{i}.parquet"
+            written.append(shards.write_shard(str(root), name, copy, row_group=256))
+    shards.write_index(
+        str(root),
+        class_names=index.class_names,
+        shards=written,
+        counts={
+            split: {name: times * count for name, count in of_split.items()}
+            for split, of_split in index.counts.items()
+        },
+        prepared={},
+    )
+
+
+def _peak(bench: Bench, name: str) -> tuple[float, float]:
+    """Peak (driver, driver and all below it) in MB, as PSS: shared pages are counted once."""
+    over = threading.Event()
+    peak = [0.0, 0.0]
+
+    def watch(pid: int) -> None:
+        while not over.wait(INTERVAL_S):
+            memory = {process: _pss(process) for process in _tree(pid)}
+            peak[0] = max(peak[0], memory.get(pid, 0.0))
+            peak[1] = max(peak[1], sum(memory.values()))
+
+    watcher: list[threading.Thread] = []
+
+    def start(pid: int) -> None:
+        watcher.append(threading.Thread(target=watch, args=(pid,), daemon=True))
+        watcher[0].start()
+
+    try:
+        train(bench, name, *FLAGS, on_start=start)
+    finally:
+        over.set()
+        watcher[0].join()
+    return peak[0], peak[1]
+
+
+def _tree(root: int) -> list[int]:
+    """`root` and all processes below it."""
+    children = defaultdict(list)
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = Path(f"/proc/{name}/stat").read_text()
+            except OSError:  # it has ended
+                continue
+            children[int(stat.rsplit(")", 1)[1].split()[1])].append(int(name))
+    found = [root]
+    for process in found:
+        found += children[process]
+    return found
+
+
+def _pss(process: int) -> float:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

@@ -1,0 +1,141 @@
+"""What all rows share: the row itself, the data they run on, and how jobs are called."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from leafnet import demo
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Row(NamedTuple):
+    """A measurement beside that of its peer, taken in the same run."""
+
+    family: str  # a to g
+    what: str
+    value: float
+    unit: str
+    ratio: float  # to the peer; above 1 is better, but for shares, efficiencies and memory
+    peer: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and on what the rows are measured."""
+
+    work: Path  # a folder for all that is made
+    data: Path  # folder with train, valid and test
+    shards: Path  # the same, prepared
+    weights: str
+    article_epochs: int
+    seed: int
+
+
+def prepare(work: Path, data: Path | None) -> tuple[Path, Path, float]:
+    """(photographs, shards, seconds of jobs/prepare.py)."""
+    if data is None:
+        data = work / "photographs"
+        _draw(data)
+    shards, began = work / "shards", time.perf_counter()
+    job(work, "prepare.py", "--source", data, "--out", shards)
+    return data, shards, time.perf_counter() - began
+
+
+def _draw(root: Path) -> None:
+    """900, 300 and 300 leaves of the size of the article's photographs, for train, valid, test."""
+    for split, count in (("train", 300), ("valid", 100), ("test", 100)):
+        for label, name in enumerate(demo.CLASS_NAMES):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                path = folder / f"leaf_{i:04d}.jpg"
+                if not path.exists():
+                    seed = 100_000 * ("train", "valid", "test").index(split) + 10_000 * label + i
+                    Image.fromarray(demo.draw_leaf(name, seed=seed)).save(path, quality=90)
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Of subprocesses: this checkout's leafnet, and Ray's files beside the rest."""
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+class Line(NamedTuple):
+    """A line that a process printed, and when, in seconds after it was launched."""
+
+    seconds: float
+    text: str
+
+
+def run(
+    work: Path, command: Sequence[str | Path], on_start: Callable[[int], None] | None = None
+) -> list[Line]:
+    """What `command` printed; the last line is empty and marks its end.
+
+    Raises:
+        RuntimeError: it failed, with what it printed last.
+    """
+    began = time.perf_counter()
+    with open(work / "stderr.log", "a+") as stderr:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment(work),
+            cwd=REPOSITORY,
+        )
+        if on_start:
+            on_start(process.pid)
+        assert process.stdout is not None
+        lines = [Line(time.perf_counter() - began, text.rstrip()) for text in process.stdout]
+        code = process.wait()
+    if code:
+        tail = "\n".join(line.text for line in lines[-5:])
+        raise RuntimeError(f"{command} ended with code {code}, see {work / 'stderr.log'}\n{tail}")
+    return [*lines, Line(time.perf_counter() - began, "")]
+
+
+def job(
+    work: Path, name: str, *flags: str | Path, on_start: Callable[[int], None] | None = None
+) -> list[Line]:
+    """What jobs/`name` printed."""
+    return run(work, [sys.executable, REPOSITORY / "jobs" / name, *flags], on_start)
+
+
+def train(
+    bench: Bench, name: str, *flags: str | Path, on_start: Callable[[int], None] | None = None
+) -> list[Line]:
+    """What jobs/train.py printed for a new run `name`."""
+    shutil.rmtree(bench.work / "runs" / name, ignore_errors=True)
+    return job(
+        bench.work, "train.py", "--shards", bench.shards, "--out", bench.work / "runs",
+        "--name", name, "--weights", bench.weights, "--seed", str(bench.seed), *flags,
+        on_start=on_start,
+    )  # fmt: skip
+
+
+def epochs(lines: Sequence[Line]) -> list[float]:
+    """When each epoch of jobs/train.py was told, in seconds after launch."""
+    return [line.seconds for line in lines if re.match(r"epoch +\d+/", line.text)]
+
+
+def read(bench: Bench, run_name: str, file: str) -> dict[str, object]:
+    """A JSON file of a run."""
+    return dict(json.loads((bench.work / "runs" / run_name / file).read_text()))

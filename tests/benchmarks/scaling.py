@@ -1,0 +1,55 @@
+"""(e) Extraction by one against two single-threaded actors."""
+
+import shutil
+import time
+
+import ray
+
+from leafnet import backbone, cluster, features, inference, shards
+from leafnet.cluster import Machines
+from leafnet.config import RaySettings
+from tests.benchmarks.rows import Bench, Row
+
+IMAGE_SIZE, VIEWS = 128, 2
+
+
+def rows(bench: Bench) -> list[Row]:
+    rates = {actors: _rate(bench, actors) for actors in (1, 2)}
+    peer = "one single-threaded actor"
+    return [
+        Row("e", peer, rates[1], "views/s", 1.0, peer),
+        Row("e", "two, efficiency", rates[2], "views/s", rates[2] / (2 * rates[1]), peer),
+    ]
+
+
+def _rate(bench: Bench, actors: int) -> float:
+    """Views per second after the first fifth, when all actors have started, until the last."""
+    index = shards.read_index(str(bench.shards))
+    weights = backbone.load_weights(bench.weights)
+    root = bench.work / f"scaling{actors}"
+    shutil.rmtree(root, ignore_errors=True)
+    wanted = [(shard, VIEWS) for shard in index.shards]
+    plan = features.plan(str(root), wanted, seed=0)
+    total = sum(part.rows * (part.stop - part.first) for part in plan.missing)
+    done, times = 0, []
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        times.append((time.perf_counter(), done))
+
+    with cluster.session(RaySettings(cpus=2)):
+        inference.extract(
+            index,
+            plan,
+            ray.put(weights.convolutions),
+            image_size=IMAGE_SIZE,
+            precision=cluster.choose_precision("auto", gpu=False)[0],
+            batch_size=32,
+            machines=Machines(gpus=0, actors=actors, threads_per_actor=1, cpus_per_actor=0.75),
+            advance=advance,
+        )
+    shutil.rmtree(root, ignore_errors=True)
+    middle = [(when, count) for when, count in times if 0.2 * total <= count <= 0.8 * total]
+    (began, first), (ended, last) = middle[0], middle[-1]
+    return (last - first) / (ended - began)
