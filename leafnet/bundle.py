@@ -63,6 +63,7 @@ class Bundle:
     novelty: Novelty | None = None
     review: Review | None = None
     int8: Int8 | None = None
+    int8_review: Review | None = None  # for what int8 computes, in place of `review`
     _network: "keras.Model | None" = None
     _network_precision: str = ""
 
@@ -89,6 +90,7 @@ class Bundle:
         batch_size: int = 32,
         precision: str = "auto",
         features: Callable[[NDArray[np.uint8]], Array] | None = None,
+        review: Review | None = None,
     ) -> list[Prediction]:
         """Predictions for encoded photographs, in their order, one for each.
 
@@ -99,6 +101,7 @@ class Bundle:
             batch_size: photographs decoded and computed at a time.
             precision: of `Bundle.features`.
             features: computes features in place of that, such as `Engine.features`.
+            review: thresholds in place of the model's, such as `Engine.review`.
         """
         results: list[Prediction | None] = [None] * len(photographs)
         for start in range(0, len(photographs), batch_size):
@@ -117,11 +120,11 @@ class Bundle:
                 if features
                 else self.features(stack, batch_size=batch_size, precision=precision)
             )
-            for i, prediction in zip(places, self._judge(made), strict=True):
+            for i, prediction in zip(places, self._judge(made, review or self.review), strict=True):
                 results[i] = prediction
         return [result for result in results if result is not None]
 
-    def _judge(self, features: Array) -> list[Prediction]:
+    def _judge(self, features: Array, review: Review | None) -> list[Prediction]:
         """Predictions from features [B, 2048]."""
         probabilities = softmax(head_logits(self.head, features))
         distances = self.novelty.distance(features) if self.novelty else None
@@ -137,8 +140,8 @@ class Bundle:
                     {n: float(p) for n, p in zip(self.class_names, row, strict=True)},
                     novelty=distance,
                     review=None
-                    if self.review is None or distance is None
-                    else self.review.reason(confidence, distance),
+                    if review is None or distance is None
+                    else review.reason(confidence, distance),
                 )
             )
         return predictions
@@ -171,6 +174,7 @@ def save(
     novelty: Novelty | None = None,
     review: Review | None = None,
     int8: Int8 | None = None,
+    int8_review: Review | None = None,
 ) -> str:
     """Publish a model at the folder `url`; returns its id.
 
@@ -185,6 +189,7 @@ def save(
         novelty: how unlike the training photographs something is.
         review: when a person should look.
         int8: the quantized backbone.
+        int8_review: the same as `review` for its features, whose rounding adds to the novelty.
     """
     files = {"weights": (_to_hdf5(convolutions, head, novelty), ".weights.h5")}
     if int8 is not None:
@@ -199,8 +204,7 @@ def save(
         image_size,
         DECODER_VERSION,
     ]
-    if review is not None:
-        identity.append(asdict(review))
+    identity += [asdict(thresholds) for thresholds in (review, int8_review) if thresholds]
     if int8 is not None:
         identity += [described["int8_graph"]["sha256"], described["int8_weights"]["sha256"]]
     description = {
@@ -216,10 +220,13 @@ def save(
     if review is not None:
         description["review"] = asdict(review) | provenance.get("review", {})
     if int8 is not None:
-        description["int8"] = provenance.get("int8", {}) | {
+        told = provenance.get("int8", {})
+        description["int8"] = told | {
             "graph": described["int8_graph"],
             "weights": described["int8_weights"],
         }
+        if int8_review is not None:
+            description["int8"]["review"] = asdict(int8_review) | told.get("review", {})
     # 1. The data, under names of their own. 2. The card. 3. The pointer, which makes them the
     # model. 4. Data that no pointer names any more.
     for name, (data, _) in files.items():
@@ -265,7 +272,7 @@ def load(url: str) -> Bundle:
             f"has {DECODER_VERSION}: its pixels would differ; train again",
         )
     convolutions, head, novelty = _from_hdf5(_read_file(pointer, description["weights"]))
-    review, quantized = description.get("review"), description.get("int8", {})
+    quantized = description.get("int8", {})
     int8 = None
     if "graph" in quantized:
         int8 = Int8(
@@ -280,10 +287,16 @@ def load(url: str) -> Bundle:
         head=head,
         description=description,
         novelty=novelty,
-        review=review
-        and Review(review["confidence"], review["precision_target"], review["novelty"]),
+        review=_thresholds(description.get("review")),
         int8=int8,
+        int8_review=_thresholds(quantized.get("review")) if int8 else None,
     )
+
+
+def _thresholds(document: dict[str, Any] | None) -> Review | None:
+    if document is None:
+        return None
+    return Review(document["confidence"], document["precision_target"], document["novelty"])
 
 
 def _read_file(pointer: str, entry: dict[str, Any]) -> bytes:

@@ -104,6 +104,7 @@ def quantize(model: "openvino.Model", photographs: Sequence[Pixels]) -> Int8:
     _quiet_import()
     import nncf
     import openvino
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     batches = [photograph[None] for photograph in photographs[:CALIBRATION_EXAMPLES]]
     quantized = nncf.quantize(
@@ -112,6 +113,11 @@ def quantize(model: "openvino.Model", photographs: Sequence[Pixels]) -> Int8:
         preset=nncf.QuantizationPreset.MIXED,
         target_device=nncf.TargetDevice.CPU,
         subset_size=len(batches),
+        # Medians: with some weights a few photographs have activations hundreds of times those
+        # of the others, and a range that held them would leave the others a few levels of 256.
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            activations_range_estimator_params=RangeEstimatorParametersSet.MEDIAN_MINMAX
+        ),
     )
     with tempfile.TemporaryDirectory(prefix="leafnet-") as folder:
         path = Path(folder) / "int8.xml"

@@ -146,11 +146,11 @@ def _train_on(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
     thresholds, effects = _review(settings, result)
-    int8, int8_report = None, None
+    int8, int8_review, int8_report = None, None, {}
     if settings.int8:
         began_stage = time.monotonic()
-        int8, int8_report = _quantize(
-            settings, index, reference, head, result, thresholds, machines
+        int8, int8_review, int8_report = _quantize(
+            settings, index, reference, head, result, machines
         )
         seconds["int8"] = time.monotonic() - began_stage
     began_stage = time.monotonic()
@@ -166,6 +166,7 @@ def _train_on(
         novelty=result.novelty if thresholds else None,
         review=thresholds,
         int8=int8,
+        int8_review=int8_review,
     )
     seconds["publish"] = time.monotonic() - began_stage
     seconds["total"] = time.monotonic() - began
@@ -239,10 +240,9 @@ def _quantize(
     reference: Any,
     head: Head,
     result: cluster.HeadResult,
-    thresholds: review.Review | None,
     machines: cluster.Machines,
-) -> tuple[openvino_graph.Int8 | None, dict[str, Any]]:
-    """The quantized backbone, None where it is refused, and what is to be told of it."""
+) -> tuple[openvino_graph.Int8 | None, review.Review | None, dict[str, Any]]:
+    """The quantized backbone and its thresholds, None where it is refused; what is told of it."""
     made = inference.quantize(
         index,
         reference,
@@ -254,21 +254,25 @@ def _quantize(
     count = made.outcomes.correct.size
     accuracy = float(made.outcomes.correct.mean())
     of_float = float(result.outcomes["valid"].correct[:count].mean())
+    accepted = inference.accept_int8(accuracy, of_float)
     report: dict[str, Any] = {
+        "accepted": accepted,
         "calibration_examples": made.calibration_examples,
         "valid_examples": count,
         "valid_accuracy": accuracy,
         "valid_accuracy_float": of_float,
-        "accepted": inference.accept_int8(accuracy, of_float),
     }
-    if thresholds:
-        report["review"] = review.effect(made.outcomes, thresholds)
     told = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
-    if report["accepted"]:
-        say(f"int8      {told}: kept")
-        return made.int8, report
-    say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
-    return None, report
+    if not accepted:
+        say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
+        return None, None, report
+    say(f"int8      {told}: kept")
+    # Rounding to 8 bits moves every photograph away from the training features.
+    chosen = review.choose(made.outcomes, precision_target=settings.precision_target)
+    effect = review.effect(made.outcomes, chosen)
+    say(f"review    valid in int8: {review.describe(effect)}")
+    report["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
+    return made.int8, chosen, report
 
 
 def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
