@@ -10,7 +10,7 @@ WIDTH = 40
 
 
 def made_features(count: int, *, width: int = WIDTH, seed: int = 0) -> np.ndarray:
-    """Positive features [count, width] that vary along three directions and a little beside them."""
+    """Positive [count, width] that vary along three directions, and a little beside them."""
     directions = np.random.default_rng(99).normal(size=(3, width))
     generator = np.random.default_rng(seed)
     logs = generator.normal(size=(count, 3)) @ directions
