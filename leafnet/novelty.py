@@ -36,7 +36,8 @@ class Novelty:
 
     def arrays(self) -> dict[str, Array]:
         """What it consists of, for a file; `Novelty(**arrays)` is the same again."""
-        return asdict(self)
+        arrays: dict[str, Array] = asdict(self)
+        return arrays
 
     def distance(self, features: NDArray[np.floating]) -> Array:
         """Distances [B] float32 of `features` [B, D], in deviations; about sqrt(D) is usual."""
@@ -44,7 +45,7 @@ class Novelty:
         along = centred @ self.directions
         beside = np.maximum((centred**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
         squares = ((along / self.spread) ** 2).sum(axis=1) + beside / self.rest**2
-        return np.sqrt(squares).astype(np.float32)
+        return np.asarray(np.sqrt(squares), np.float32)
 
 
 def fit(features: NDArray[np.floating]) -> Novelty:

@@ -146,7 +146,8 @@ def _train_on(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
     thresholds, effects = _review(settings, result)
-    int8, int8_review, int8_report = None, None, {}
+    int8, int8_review = None, None
+    int8_report: dict[str, Any] = {}
     if settings.int8:
         began_stage = time.monotonic()
         int8, int8_review, int8_report = _quantize(

@@ -203,9 +203,8 @@ def test_predictions_say_why_a_person_should_look(tmp_path: Path) -> None:
     photographs = [as_jpeg(demo.draw_leaf("healthy", seed=i, width=64, height=64)) for i in (0, 1)]
     trusted = model.predict(photographs, features=lambda pixels: features)
     assert [prediction.review for prediction in trusted] == [None, None]
-    np.testing.assert_allclose(
-        [prediction.novelty for prediction in trusted], distance.distance(features)
-    )
+    novelties = np.array([prediction.novelty for prediction in trusted], np.float32)
+    np.testing.assert_allclose(novelties, distance.distance(features))
     strict = Review(confidence=2.0, precision_target=0.95, novelty=1.0)
     told = model.predict(photographs, features=lambda pixels: features, review=strict)
     assert all("low-confidence" in str(prediction.review) for prediction in told)

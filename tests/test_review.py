@@ -10,7 +10,9 @@ from leafnet.review import REVIEW_ALL, Outcomes, Review
 
 
 def made(confidence: list[float], correct: list[bool], novelty: list[float]) -> Outcomes:
-    return Outcomes(np.float32(confidence), np.array(correct), np.float32(novelty))
+    return Outcomes(
+        np.array(confidence, np.float32), np.array(correct), np.array(novelty, np.float32)
+    )
 
 
 @given(
@@ -20,7 +22,7 @@ def made(confidence: list[float], correct: list[bool], novelty: list[float]) -> 
 def test_threshold_is_the_lowest_that_reaches_the_target(
     examples: list[tuple[float, bool]], target: float
 ) -> None:
-    confidence = np.float32([c for c, _ in examples])
+    confidence = np.array([c for c, _ in examples], np.float32)
     correct = np.array([right for _, right in examples])
     found = review.confidence_threshold(confidence, correct, precision_target=target)
     reaching = [t for t in np.unique(confidence) if correct[confidence >= t].mean() >= target]

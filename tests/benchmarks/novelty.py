@@ -70,11 +70,11 @@ def noise(rng: np.random.Generator, i: int) -> Pixels:
 def gradients(rng: np.random.Generator, i: int) -> Pixels:
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
     angle, (a, b) = rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, 2)
-    ramp = (
-        np.hypot(x - a, y - b) / 2 if i % 2 else 0.5 + (x * np.cos(angle) + y * np.sin(angle)) / 3
-    )
+    ramp = 0.5 + (x * np.cos(angle) + y * np.sin(angle)) / 3
+    if i % 2:
+        ramp = np.hypot(x - a, y - b) / 2
     start, end = rng.uniform(0, 255, (2, 3))
-    return (start + np.clip(ramp, 0, 1)[..., None] * (end - start)).astype(np.uint8)
+    return np.asarray(start + np.clip(ramp, 0, 1)[..., None] * (end - start), np.uint8)
 
 
 def text(rng: np.random.Generator, i: int) -> Pixels:
@@ -193,7 +193,7 @@ def methods(
     yield "leafnet.novelty", kept.distance
 
     def compressed(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.log1p(x / kept.unit).astype(np.float32)
+        return np.asarray(np.log1p(x / kept.unit), np.float32)
 
     plain = mahalanobis(train, 1e-3)
     yield "Mahalanobis", plain
@@ -250,7 +250,7 @@ def compute(data: Path, weights: str, count: int) -> dict[str, NDArray[np.float3
         found[split] = network.features(np.stack(leaves))
         if split == "train":
             _, labels = np.unique([file.parent.name for file in files], return_inverse=True)
-            found["labels"] = labels
+            found["labels"] = labels.astype(np.float32)
         print(f"{split}: {len(files)}", flush=True)
     rng = np.random.default_rng(0)
     for draw in DRAWN:
