@@ -4,6 +4,7 @@ Weights are read and folded with numpy alone, so that the process that hands the
 TensorFlow; Keras is imported where the network is built.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ FEATURES = 2048
 # What Keras's ResNet50 adds to the variance (keras/src/applications/resnet.py).
 _EPSILON = 1.001e-5
 # keras.applications.resnet50.preprocess_input, "caffe" mode: BGR minus the ImageNet mean, 0..255.
-_MEAN_BGR = (103.939, 116.779, 123.68)
+MEAN_BGR = (103.939, 116.779, 123.68)
 
 _IMAGENET_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
@@ -230,7 +231,7 @@ def build(
         folded.get_layer(name).set_weights([kernel, bias])
 
     images = keras.Input((image_size, image_size, 3), dtype="float32", name="rgb")
-    bgr = images[..., ::-1] - np.array(_MEAN_BGR, np.float32)
+    bgr = images[..., ::-1] - np.array(MEAN_BGR, np.float32)
     maps = folded(keras.ops.cast(bgr, precision))
     features = keras.ops.mean(keras.ops.cast(maps, "float32"), axis=(1, 2))
     model = keras.Model(images, features, name="backbone")
@@ -275,6 +276,22 @@ def _layers(x: "keras.KerasTensor", precision: str) -> "keras.KerasTensor":
             x = conv(relu(conv(x, f"{name}_2")), f"{name}_3")
             x = relu(keras.layers.Add(dtype=precision)([shortcut, x]))
     return x
+
+
+def limit_threads(threads: int, *, gpu: bool) -> None:
+    """Set TensorFlow up in this process: as many threads as Ray gave it, GPU memory as needed.
+
+    TensorFlow keeps the number of threads with which it ran its first operation.
+    """
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    for device in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(device, True)
+    if not gpu:
+        tf.config.set_visible_devices([], "GPU")
 
 
 def choose_precision(wanted: str, *, compute_capability: tuple[int, int] | None) -> tuple[str, str]:

@@ -1,16 +1,18 @@
 """The published model: what scoring needs, where it came from, and nothing that runs.
 
-A model is a folder with one HDF5 file of weights, `model.json` and a model card. `model.json`
-names the weights file and its sha256 and is written last, by one small write: readers read only
-that, so a model is seen whole or not at all, also while another takes its place. Loading rebuilds
-the network in leafnet's code; nothing is unpickled and no code travels with a model.
+A model is a folder with one HDF5 file of weights, perhaps two files of an int8 network,
+`model.json` and a model card. `model.json` names the files with their sha256 and is written last,
+by one small write: readers read only that, so a model is seen whole or not at all, also while
+another takes its place. Loading rebuilds the network in leafnet's code; nothing is unpickled and
+no code travels with a model.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet import classifier, storage
+from leafnet import backbone, storage
 from leafnet.backbone import Array, choose_precision
-from leafnet.classifier import Head
+from leafnet.classifier import Head, head_logits
 from leafnet.errors import UserError
 from leafnet.images import DECODER_VERSION, ImageError, decode
 from leafnet.metrics import softmax
+from leafnet.novelty import Novelty
+from leafnet.openvino_graph import Int8
+from leafnet.review import Review, describe
 
 if TYPE_CHECKING:
     import keras
@@ -40,6 +45,8 @@ class Prediction:
     confidence: float | None
     probabilities: dict[str, float]
     error: str | None = None
+    novelty: float | None = None  # how unlike the training photographs; None: no such measure
+    review: str | None = None  # why a person should look at it; None: nobody has to
 
 
 @dataclass
@@ -49,34 +56,53 @@ class Bundle:
     url: str
     model_id: str
     class_names: tuple[str, ...]
-    image_size: int  # pixels
+    image_size: int  # S, pixels
     convolutions: dict[str, tuple[Array, Array]]
     head: Head  # on raw features
     description: dict[str, Any]  # model.json
+    novelty: Novelty | None = None
+    review: Review | None = None
+    int8: Int8 | None = None
+    int8_review: Review | None = None  # for what int8 computes, in place of `review`
     _network: "keras.Model | None" = None
     _network_precision: str = ""
 
-    def network(self, precision: str = "auto") -> "keras.Model":
-        """The classifier, uint8 [B, S, S, 3] -> logits [B, C] float32; built at the first call.
+    def features(
+        self, pixels: NDArray[np.uint8], *, batch_size: int = 32, precision: str = "auto"
+    ) -> Array:
+        """Features [N, 2048] float32 of RGB `pixels` [N, S, S, 3], by TensorFlow on the CPU.
 
-        `auto` is bfloat16 where this machine's processor has it; float32 is exact everywhere.
+        The network is built at the first call. `auto` is bfloat16 where this machine's processor
+        has it; float32 is exact everywhere. `engine.open_engine` knows faster ways.
         """
         chosen, _ = choose_precision(precision, compute_capability=None)
         if self._network is None or self._network_precision != chosen:
-            self._network = classifier.build(
-                self.convolutions, self.head, image_size=self.image_size, precision=chosen
+            self._network = backbone.build(
+                self.convolutions, image_size=self.image_size, precision=chosen
             )
             self._network_precision = chosen
-        return self._network
+        return forward(self._network, pixels, batch_size=batch_size)
 
     def predict(
-        self, photographs: Sequence[bytes], *, batch_size: int = 32, precision: str = "auto"
+        self,
+        photographs: Sequence[bytes],
+        *,
+        batch_size: int = 32,
+        precision: str = "auto",
+        features: Callable[[NDArray[np.uint8]], Array] | None = None,
+        review: Review | None = None,
     ) -> list[Prediction]:
         """Predictions for encoded photographs, in their order, one for each.
 
         A photograph that cannot be decoded gets a prediction with `error` and without a label.
+
+        Args:
+            photographs: the bytes of each file.
+            batch_size: photographs decoded and computed at a time.
+            precision: of `Bundle.features`.
+            features: computes features in place of that, such as `Engine.features`.
+            review: thresholds in place of the model's, such as `Engine.review`.
         """
-        network = self.network(precision)
         results: list[Prediction | None] = [None] * len(photographs)
         for start in range(0, len(photographs), batch_size):
             pixels, places = [], []
@@ -88,15 +114,37 @@ class Bundle:
                     results[i] = Prediction(None, None, {}, f"{error.reason}: {error}")
             if not pixels:
                 continue
-            probabilities = softmax(forward(network, np.stack(pixels), batch_size=batch_size))
-            for i, row in zip(places, probabilities, strict=True):
-                best = int(row.argmax())
-                results[i] = Prediction(
-                    self.class_names[best],
-                    float(row[best]),
-                    {n: float(p) for n, p in zip(self.class_names, row, strict=True)},
-                )
+            stack = np.stack(pixels)
+            made = (
+                features(stack)
+                if features
+                else self.features(stack, batch_size=batch_size, precision=precision)
+            )
+            for i, prediction in zip(places, self._judge(made, review or self.review), strict=True):
+                results[i] = prediction
         return [result for result in results if result is not None]
+
+    def _judge(self, features: Array, review: Review | None) -> list[Prediction]:
+        """Predictions from features [B, 2048]."""
+        probabilities = softmax(head_logits(self.head, features))
+        distances = self.novelty.distance(features) if self.novelty else None
+        predictions = []
+        for i, row in enumerate(probabilities):
+            best = int(row.argmax())
+            confidence = float(row[best])
+            distance = None if distances is None else float(distances[i])
+            predictions.append(
+                Prediction(
+                    self.class_names[best],
+                    confidence,
+                    {n: float(p) for n, p in zip(self.class_names, row, strict=True)},
+                    novelty=distance,
+                    review=None
+                    if review is None or distance is None
+                    else review.reason(confidence, distance),
+                )
+            )
+        return predictions
 
 
 def forward(network: "keras.Model", pixels: NDArray[np.uint8], *, batch_size: int) -> Array:
@@ -123,6 +171,10 @@ def save(
     class_names: Sequence[str],
     image_size: int,
     provenance: dict[str, Any],
+    novelty: Novelty | None = None,
+    review: Review | None = None,
+    int8: Int8 | None = None,
+    int8_review: Review | None = None,
 ) -> str:
     """Publish a model at the folder `url`; returns its id.
 
@@ -132,42 +184,73 @@ def save(
         head: on raw features.
         class_names: in the order of the logits.
         image_size: pixels.
-        provenance: JSON-ready; what else is to be known of the model, see `describe`.
+        provenance: JSON-ready; what else is to be known of the model, see `model_card`. What it
+            says under `review` and `int8` is kept beside what is needed to load them.
+        novelty: how unlike the training photographs something is.
+        review: when a person should look.
+        int8: the quantized backbone.
+        int8_review: the same as `review` for its features, whose rounding adds to the novelty.
     """
-    data = _to_hdf5(convolutions, head)
-    digest = storage.sha256(data)
-    identity = json.dumps([digest, list(class_names), image_size, DECODER_VERSION])
+    files = {"weights": (_to_hdf5(convolutions, head, novelty), ".weights.h5")}
+    if int8 is not None:
+        files |= {
+            "int8_graph": (int8.xml, ".int8.xml"),
+            "int8_weights": (int8.weights, ".int8.bin"),
+        }
+    described = {name: _described(data, suffix) for name, (data, suffix) in files.items()}
+    identity: list[Any] = [
+        described["weights"]["sha256"],
+        list(class_names),
+        image_size,
+        DECODER_VERSION,
+    ]
+    identity += [asdict(thresholds) for thresholds in (review, int8_review) if thresholds]
+    if int8 is not None:
+        identity += [described["int8_graph"]["sha256"], described["int8_weights"]["sha256"]]
     description = {
         "version": BUNDLE_VERSION,
-        "model_id": hashlib.sha256(identity.encode()).hexdigest()[:16],
+        "model_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
         "class_names": list(class_names),
         "image_size": image_size,
         "input": _INPUT,
         "decoder_version": DECODER_VERSION,
-        "weights": {
-            "file": f"model-{digest[:16]}.weights.h5",
-            "sha256": digest,
-            "bytes": len(data),
-        },
+        "weights": described["weights"],
         **provenance,
     }
-    # 1. The weights, under a name of their own. 2. The card. 3. The pointer, which makes them
-    # the model. 4. Weights that no pointer names any more.
-    storage.write_bytes(storage.join(url, description["weights"]["file"]), data)
+    if review is not None:
+        description["review"] = asdict(review) | provenance.get("review", {})
+    if int8 is not None:
+        told = provenance.get("int8", {})
+        description["int8"] = told | {
+            "graph": described["int8_graph"],
+            "weights": described["int8_weights"],
+        }
+        if int8_review is not None:
+            description["int8"]["review"] = asdict(int8_review) | told.get("review", {})
+    # 1. The data, under names of their own. 2. The card. 3. The pointer, which makes them the
+    # model. 4. Data that no pointer names any more.
+    for name, (data, _) in files.items():
+        storage.write_bytes(storage.join(url, described[name]["file"]), data)
     storage.write_bytes(storage.join(url, "MODEL_CARD.md"), model_card(description).encode())
     before = storage.list_names(url)
     storage.write_json(storage.join(url, "model.json"), description)
+    named = {entry["file"] for entry in described.values()}
     for name in before:
-        if name.endswith(".weights.h5") and name != description["weights"]["file"]:
+        if name.endswith((".weights.h5", ".int8.xml", ".int8.bin")) and name not in named:
             storage.delete(storage.join(url, name))
     return str(description["model_id"])
+
+
+def _described(data: bytes, suffix: str) -> dict[str, Any]:
+    digest = storage.sha256(data)
+    return {"file": f"model-{digest[:16]}{suffix}", "sha256": digest, "bytes": len(data)}
 
 
 def load(url: str) -> Bundle:
     """The model published at the folder `url`. Needs no Ray; Keras is imported at first use.
 
     Raises:
-        UserError: no model is there, it is of another version, or its weights do not match.
+        UserError: no model is there, it is of another version, or a file of it is damaged.
     """
     url = storage.absolute(url)
     pointer = storage.join(url, "model.json")
@@ -188,17 +271,13 @@ def load(url: str) -> Bundle:
             f"{pointer} was trained with decoder {description['decoder_version']}, this leafnet "
             f"has {DECODER_VERSION}: its pixels would differ; train again",
         )
-    weights = description["weights"]
-    place = storage.join(url, weights["file"])
-    try:
-        data = storage.read_bytes(place)
-    except FileNotFoundError:
-        raise UserError("no-model", f"{pointer} names {place}, which is gone") from None
-    if storage.sha256(data) != weights["sha256"]:
-        raise UserError(
-            "damaged-model", f"{place} is damaged: its sha256 is not that of model.json"
+    convolutions, head, novelty = _from_hdf5(_read_file(pointer, description["weights"]))
+    quantized = description.get("int8", {})
+    int8 = None
+    if "graph" in quantized:
+        int8 = Int8(
+            _read_file(pointer, quantized["graph"]), _read_file(pointer, quantized["weights"])
         )
-    convolutions, head = _from_hdf5(data)
     return Bundle(
         url=url,
         model_id=description["model_id"],
@@ -207,7 +286,31 @@ def load(url: str) -> Bundle:
         convolutions=convolutions,
         head=head,
         description=description,
+        novelty=novelty,
+        review=_thresholds(description.get("review")),
+        int8=int8,
+        int8_review=_thresholds(quantized.get("review")) if int8 else None,
     )
+
+
+def _thresholds(document: dict[str, Any] | None) -> Review | None:
+    if document is None:
+        return None
+    return Review(document["confidence"], document["precision_target"], document["novelty"])
+
+
+def _read_file(pointer: str, entry: dict[str, Any]) -> bytes:
+    """The file that `entry` of the description at `pointer` names, checked."""
+    place = storage.join(pointer.rsplit("/", 1)[0], entry["file"])
+    try:
+        data = storage.read_bytes(place)
+    except FileNotFoundError:
+        raise UserError("no-model", f"{pointer} names {place}, which is gone") from None
+    if storage.sha256(data) != entry["sha256"]:
+        raise UserError(
+            "damaged-model", f"{place} is damaged: its sha256 is not that of model.json"
+        )
+    return data
 
 
 def versions() -> dict[str, str]:
@@ -216,17 +319,23 @@ def versions() -> dict[str, str]:
     return {package: metadata.version(package) for package in packages}
 
 
-def _to_hdf5(convolutions: dict[str, tuple[Array, Array]], head: Head) -> bytes:
+def _to_hdf5(
+    convolutions: dict[str, tuple[Array, Array]], head: Head, novelty: Novelty | None
+) -> bytes:
+    """The same bytes for the same numbers, so that a model trained again has the same id."""
     sink = io.BytesIO()
-    with h5py.File(sink, "w", track_order=True) as file:
+    # Not `track_order`: groups that keep one also keep the time at which they were made.
+    with h5py.File(sink, "w") as file:
         for name, (kernel, bias) in convolutions.items():
             file[f"backbone/{name}/kernel"], file[f"backbone/{name}/bias"] = kernel, bias
         for i, (kernel, bias) in enumerate(head):
             file[f"head/{i}/kernel"], file[f"head/{i}/bias"] = kernel, bias
+        for name, array in (novelty.arrays() if novelty else {}).items():
+            file[f"novelty/{name}"] = array
     return sink.getvalue()
 
 
-def _from_hdf5(data: bytes) -> tuple[dict[str, tuple[Array, Array]], Head]:
+def _from_hdf5(data: bytes) -> tuple[dict[str, tuple[Array, Array]], Head, Novelty | None]:
     with h5py.File(io.BytesIO(data), "r") as file:
         convolutions = {
             name: (group["kernel"][()], group["bias"][()])
@@ -236,7 +345,10 @@ def _from_hdf5(data: bytes) -> tuple[dict[str, tuple[Array, Array]], Head]:
             (file[f"head/{i}/kernel"][()], file[f"head/{i}/bias"][()])
             for i in range(len(file["head"]))
         ]
-    return convolutions, head
+        novelty = None
+        if "novelty" in file:
+            novelty = Novelty(**{name: array[()] for name, array in file["novelty"].items()})
+    return convolutions, head, novelty
 
 
 def model_card(description: dict[str, Any]) -> str:
@@ -280,6 +392,8 @@ def model_card(description: dict[str, Any]) -> str:
             "",
             f"Weakest class: `{worst[0]}`, of which {worst[1]['recall']:.0%} are found.",
         ]
+    lines += _card_of_review(description.get("review"))
+    lines += _card_of_int8(description.get("int8"))
     if weights.get("source") == "random":
         lines += ["", "**The backbone has random weights: a check of the pipeline, not a model.**"]
     lines += [
@@ -289,3 +403,32 @@ def model_card(description: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _card_of_review(document: dict[str, Any] | None) -> list[str]:
+    if document is None:
+        return ["", "It has no thresholds for review: there was no validation split."]
+    lines = ["", f"For review are photographs with a novelty over {document['novelty']:.4g}"]
+    if document["confidence"] > 1:
+        lines[-1] += (
+            ", and all others as well: no confidence gave "
+            f"{document['precision_target']:.0%} right predictions on validation."
+        )
+    else:
+        lines[-1] += (
+            f" or a confidence under {document['confidence']:.3f}, chosen on validation so that "
+            f"{document['precision_target']:.0%} of the others are right."
+        )
+    for split, of_split in document.get("splits", {}).items():
+        lines.append(f"On {split}, {describe(of_split)}.")
+    return lines
+
+
+def _card_of_int8(document: dict[str, Any] | None) -> list[str]:
+    if document is None:
+        return []
+    told = (
+        f"int8: validation accuracy {document.get('valid_accuracy', math.nan):.4f}, "
+        f"{document.get('valid_accuracy_float', math.nan):.4f} in floating point"
+    )
+    return ["", f"{told}." if "graph" in document else f"{told}: refused, and left out."]

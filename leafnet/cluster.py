@@ -27,13 +27,16 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from leafnet import backbone, checkpoint, features, shards, training
-from leafnet.classifier import fold_standardisation, head_logits
+from leafnet import backbone, checkpoint, features, novelty, review, shards, training
+from leafnet.backbone import limit_threads
+from leafnet.classifier import Head, fold_standardisation, head_logits
 from leafnet.config import SPLITS, HeadSettings, RaySettings
 from leafnet.errors import UserError
 from leafnet.features import Part, SplitFeatures
 from leafnet.images import decode
 from leafnet.metrics import Tally, empty_tally, tally
+from leafnet.novelty import Novelty
+from leafnet.review import Outcomes
 from leafnet.shards import Shard
 
 # A CPU actor computes in at most so many threads: ResNet50 gains little from more, and a node
@@ -217,18 +220,6 @@ def _local_precision(gpu: bool) -> tuple[str, str]:
     return backbone.choose_precision("auto", compute_capability=capability)
 
 
-def limit_threads(threads: int, *, gpu: bool) -> None:
-    """Set TensorFlow up in this process: as many threads as Ray gave it, GPU memory as needed."""
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
-    for device in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(device, True)
-    if not gpu:
-        tf.config.set_visible_devices([], "GPU")
-
-
 @ray.remote(num_cpus=0)
 class _Events:
     """Events from workers to the driver, in the order in which they come."""
@@ -309,6 +300,8 @@ class HeadResult:
     mean: NDArray[np.float32]
     deviation: NDArray[np.float32]
     tallies: dict[str, Tally]  # every example of every split once, by the best head
+    novelty: Novelty
+    outcomes: dict[str, Outcomes]  # of each example of valid and test, in order, by the best head
 
 
 def workers_for(nodes: list[Node], workers: int | Literal["auto"], gpus: int) -> tuple[int, float]:
@@ -519,7 +512,25 @@ def _fit_and_evaluate(
             tallies[split] += tally(head_logits(head, of_split[rows, 0]), labels[rows])
     ray.get(post(("tallies", tallies)))
     if place.rank == 0:
-        ray.get(post(("result", HeadResult(state, mean, deviation, {}))))
+        distance = novelty.fit(train.features[:, 0])
+        outcomes = {
+            split: _outcomes(splits[split], head, distance)
+            for split in ("valid", "test")
+            if splits[split].labels.size
+        }
+        ray.get(post(("result", HeadResult(state, mean, deviation, {}, distance, outcomes))))
+
+
+def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
+    parts = []
+    for at in range(0, split.labels.size, 8192):
+        of_part = np.asarray(split.features[at : at + 8192, 0], np.float32)
+        parts.append(
+            review.outcomes(
+                head_logits(head, of_part), split.labels[at : at + 8192], distance.distance(of_part)
+            )
+        )
+    return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class LocalFeatures(NamedTuple):

@@ -195,6 +195,18 @@ class TrainSettings(Settings):
     batch_size: int | Auto = Field(
         "auto", description="images in one pass of the backbone; auto: 32 on CPU, 256 on GPU"
     )
+    precision_target: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="accuracy of the predictions that nobody has to review, on the validation "
+        "split: sets the model's threshold of confidence [share]",
+    )
+    int8: bool = Field(
+        False,
+        description="quantize the published backbone for OpenVINO on CPUs, unless that costs more "
+        "than 0.5 points of validation accuracy",
+    )
     seed: int = Field(0, ge=0, description="seed of initial weights, order, views and dropout")
     cross_validate: int | None = Field(
         None,

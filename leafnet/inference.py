@@ -4,10 +4,11 @@ Two stages. Tasks read whole shards, check and decode them; actors hold the netw
 them is a row group of decoded pixels, so that no group is ever cut in two on its way.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +16,23 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from leafnet import backbone, bundle, classifier, features, shards
-from leafnet.cluster import Board, Machines, limit_threads
+from leafnet import backbone, bundle, classifier, features, openvino_graph, shards
+from leafnet.backbone import limit_threads
+from leafnet.classifier import Head, head_logits
+from leafnet.cluster import Board, Machines
 from leafnet.features import Part, Pixels
 from leafnet.images import decode
 from leafnet.metrics import Tally, empty_tally, tally
+from leafnet.novelty import Novelty
+from leafnet.openvino_graph import Int8
+from leafnet.review import Outcomes, outcomes
 from leafnet.shards import Shard, ShardIndex
 
 # Less than what `cluster.machines` leaves beside the actors, also on a single CPU.
 _DECODE_CPUS = 0.25
+# The validation accuracy that int8 may cost, and the examples it is measured on at most.
+_MAX_FALL = 0.005
+_MAX_VALID = 10_000
 
 
 def extract(
@@ -111,6 +120,94 @@ def evaluate(
                 f"evaluated {total.examples} examples of {split}, which has {index.examples(split)}"
             )
     return totals
+
+
+class Quantized(NamedTuple):
+    """A quantized backbone and what it does on validation examples."""
+
+    int8: Int8
+    calibration_examples: int
+    outcomes: Outcomes  # of the first examples of the validation split, in their order
+
+
+def quantize(
+    index: ShardIndex,
+    weights: "ray.ObjectRef[Any]",
+    head: Head,
+    distance: Novelty,
+    *,
+    image_size: int,
+    machines: Machines,
+) -> Quantized:
+    """Quantize the backbone on training photographs and try it on validation photographs.
+
+    One task on one node: calibration takes a few hundred photographs, and 10,000 tell the
+    accuracies apart. Examples are shuffled in the shards, so the first are a fair sample.
+
+    Args:
+        index: of a data set with both splits.
+        weights: `backbone.Weights.convolutions`, in Ray's object store.
+        head: on raw features.
+        distance: of the same features.
+        image_size: pixels.
+        machines: what there is to run on.
+    """
+    task = ray.remote(num_cpus=machines.cpus_per_actor)(_quantize)
+    made: Quantized = ray.get(
+        task.remote(index, weights, head, distance, image_size, machines.threads_per_actor)
+    )
+    return made
+
+
+def accept_int8(accuracy: float, of_float: float) -> bool:
+    """True unless int8 costs more than half a point of validation accuracy.
+
+    >>> accept_int8(0.895, 0.900), accept_int8(0.894, 0.900), accept_int8(0.91, 0.90)
+    (True, False, True)
+    """
+    return of_float - accuracy <= _MAX_FALL + 1e-9
+
+
+def _quantize(
+    index: ShardIndex,
+    weights: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    head: Head,
+    distance: Novelty,
+    image_size: int,
+    threads: int,
+) -> Quantized:
+    calibration = list(
+        itertools.islice(
+            (pixels for pixels, _ in _photographs(index, "train", image_size)),
+            openvino_graph.CALIBRATION_EXAMPLES,
+        )
+    )
+    graph = openvino_graph.build(weights, image_size=image_size)
+    int8 = openvino_graph.quantize(graph, calibration)
+    precision, _ = backbone.choose_precision("auto", compute_capability=None)
+    forward = openvino_graph.compile_model(
+        openvino_graph.read(int8), precision=precision, threads=threads
+    )
+    made, labels = [], []
+    valid = itertools.islice(_photographs(index, "valid", image_size), _MAX_VALID)
+    while batch := list(itertools.islice(valid, 32)):
+        made.append(forward(np.stack([pixels for pixels, _ in batch])))
+        labels += [label for _, label in batch]
+    found = np.concatenate(made)
+    return Quantized(
+        int8,
+        len(calibration),
+        outcomes(head_logits(head, found), np.array(labels), distance.distance(found)),
+    )
+
+
+def _photographs(index: ShardIndex, split: str, image_size: int) -> Iterator[tuple[Pixels, int]]:
+    """(pixels, label) of each example of `split`, in the order of its cached features."""
+    for shard in sorted(index.of_split(split), key=lambda shard: shard.name):
+        for table in shards.row_groups(index.root, shard):
+            images, labels = table.column("image").to_pylist(), table.column("label").to_pylist()
+            for image, label in zip(images, labels, strict=True):
+                yield decode(image, image_size).pixels, label
 
 
 def _over_shards(

@@ -24,13 +24,15 @@ from leafnet import (
     features,
     inference,
     metrics,
+    openvino_graph,
     plots,
+    review,
     search,
     shards,
     storage,
     terminal,
 )
-from leafnet.classifier import fold_standardisation
+from leafnet.classifier import Head, fold_standardisation
 from leafnet.config import SPLITS, EvaluateSettings, TrainSettings
 from leafnet.errors import UserError
 from leafnet.shards import ShardIndex
@@ -65,6 +67,8 @@ def train(settings: TrainSettings) -> None:
     shards.check_sizes(index)
     _check_data(index)
     _check_search(settings, index)
+    if settings.int8:
+        _check_int8(index)
     started_before = _check_same_settings(run, settings)
     if started_before and _finished(run, index):
         say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
@@ -147,15 +151,32 @@ def _train_on(
         if index.examples(split)
     }
     _write_results(run, result.state.history, scores, index.class_names)
+    head = fold_standardisation(
+        result.state.best_head, mean=result.mean, deviation=result.deviation
+    )
+    thresholds, effects = _review(settings, result)
+    int8, int8_review = None, None
+    int8_report: dict[str, Any] = {}
+    if settings.int8:
+        began_stage = time.monotonic()
+        int8, int8_review, int8_report = _quantize(
+            settings, index, reference, head, result, machines
+        )
+        seconds["int8"] = time.monotonic() - began_stage
+    began_stage = time.monotonic()
     model_id = bundle.save(
         storage.join(run, "model"),
         convolutions=weights.convolutions,
-        head=fold_standardisation(
-            result.state.best_head, mean=result.mean, deviation=result.deviation
-        ),
+        head=head,
         class_names=index.class_names,
         image_size=settings.image_size,
-        provenance=_provenance(settings, index, weights, precision, scores, result.state),
+        provenance=_provenance(settings, index, weights, precision, scores, result.state)
+        | ({"review": effects} if thresholds else {})
+        | ({"int8": int8_report} if int8_report else {}),
+        novelty=result.novelty if thresholds else None,
+        review=thresholds,
+        int8=int8,
+        int8_review=int8_review,
     )
     seconds["publish"] = time.monotonic() - began_stage
     seconds["total"] = time.monotonic() - began
@@ -208,6 +229,83 @@ def _check_search(settings: TrainSettings, index: ShardIndex) -> None:
                 f"--cross_validate {folds}, but class {name} has only {found} images in train and "
                 "valid; give fewer folds",
             )
+
+
+def _check_int8(index: ShardIndex) -> None:
+    if not openvino_graph.installed(quantizer=True):
+        raise UserError(
+            "no-openvino",
+            "--int8 needs OpenVINO and NNCF, which are not installed: pip install "
+            '"leafnet[openvino]"',
+        )
+    if not index.examples("valid"):
+        raise UserError(
+            "int8-unchecked",
+            f"--int8 is checked on the validation split, and {index.root} has none; prepare the "
+            "data set with one, or train without --int8",
+        )
+
+
+def _review(
+    settings: TrainSettings, result: cluster.HeadResult
+) -> tuple[review.Review | None, dict[str, Any]]:
+    """Thresholds, and what they do to validation and test; none without a validation split."""
+    if "valid" not in result.outcomes:
+        say("review    no thresholds: they are chosen on the validation split, which is empty")
+        return None, {}
+    chosen = review.choose(result.outcomes["valid"], precision_target=settings.precision_target)
+    effects = {
+        split: review.effect(outcomes, chosen) for split, outcomes in result.outcomes.items()
+    }
+    for split, effect in effects.items():
+        say(f"review    {split}: {review.describe(effect)}")
+    if chosen.confidence == review.REVIEW_ALL:
+        say(
+            f"          no confidence gives {settings.precision_target:.0%} right predictions: "
+            "every photograph is for review; lower --precision_target or train better"
+        )
+    return chosen, {"share_reviewed": effects["valid"]["share_reviewed"], "splits": effects}
+
+
+def _quantize(
+    settings: TrainSettings,
+    index: ShardIndex,
+    reference: Any,
+    head: Head,
+    result: cluster.HeadResult,
+    machines: cluster.Machines,
+) -> tuple[openvino_graph.Int8 | None, review.Review | None, dict[str, Any]]:
+    """The quantized backbone and its thresholds, None where it is refused; what is told of it."""
+    made = inference.quantize(
+        index,
+        reference,
+        head,
+        result.novelty,
+        image_size=settings.image_size,
+        machines=machines,
+    )
+    count = made.outcomes.correct.size
+    accuracy = float(made.outcomes.correct.mean())
+    of_float = float(result.outcomes["valid"].correct[:count].mean())
+    accepted = inference.accept_int8(accuracy, of_float)
+    report: dict[str, Any] = {
+        "accepted": accepted,
+        "calibration_examples": made.calibration_examples,
+        "valid_examples": count,
+        "valid_accuracy": accuracy,
+        "valid_accuracy_float": of_float,
+    }
+    told = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
+    if not accepted:
+        say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
+        return None, None, report
+    say(f"int8      {told}: kept")
+    # Rounding to 8 bits moves every photograph away from the training features.
+    chosen = review.choose(made.outcomes, precision_target=settings.precision_target)
+    effect = review.effect(made.outcomes, chosen)
+    say(f"review    valid in int8: {review.describe(effect)}")
+    report["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
+    return made.int8, chosen, report
 
 
 def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ import ray.tune
 from numpy.typing import NDArray
 
 from leafnet import (
+    backbone,
     checkpoint,
     cluster,
     features,
@@ -313,7 +314,7 @@ def _fit(
     """One fit, in a process that does many."""
     number = int(config["number"])
     try:
-        cluster.limit_threads(threads, gpu=False)
+        backbone.limit_threads(threads, gpu=False)
         local = cluster.local_features(job)
         fit = fits[number]
         if fit.held_out is None:

@@ -1,0 +1,87 @@
+"""How unlike everything trained on a photograph is, from its features.
+
+The distance is Mahalanobis's (Lee et al. 2018, arXiv:1807.03888), of compressed features from
+their mean over the training split. Of D = 2,048 features and far fewer directions in which
+photographs of leaves differ, a plain covariance cannot be inverted: its leading directions are
+kept, and what is left is taken as equally spread over all others (probabilistic PCA, Tipping and
+Bishop 1999), which also is what makes it small.
+
+`python -m tests.benchmarks.novelty` measures it beside others.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+# At most a quarter of the examples: more directions would be fitted to each of them.
+_DIRECTIONS = 256
+# Photographs that the covariance is taken of, evenly from the whole split. Ten times the features
+# are enough, and keep the fit within seconds.
+_SAMPLE = 20_000
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """A distance from the training photographs. D features, K directions."""
+
+    unit: Array  # [D], scale of each feature
+    mean: Array  # [D], of compressed features
+    directions: Array  # [D, K], orthonormal
+    spread: Array  # [K], deviation along each
+    rest: Array  # [], deviation along every other direction
+
+    def arrays(self) -> dict[str, Array]:
+        """What it consists of, for a file; `Novelty(**arrays)` is the same again."""
+        arrays: dict[str, Array] = asdict(self)
+        return arrays
+
+    def distance(self, features: NDArray[np.floating]) -> Array:
+        """Distances [B] float32 of `features` [B, D], in deviations; about sqrt(D) is usual."""
+        centred = _compress(features, self.unit) - self.mean
+        along = centred @ self.directions
+        beside = np.maximum((centred**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
+        squares = ((along / self.spread) ** 2).sum(axis=1) + beside / self.rest**2
+        return np.asarray(np.sqrt(squares), np.float32)
+
+
+def fit(features: NDArray[np.floating]) -> Novelty:
+    """The distance from `features` [N, D], N >= 1, which may be memory-mapped.
+
+    At most 20,000 rows are read, evenly from all.
+    """
+    count = len(features)
+    rows = np.arange(0, count, -(-count // _SAMPLE))
+    sample = np.asarray(features[rows], np.float32)
+    # A feature that is 0 on half of the photographs is measured by its mean.
+    unit = np.maximum(np.median(sample, axis=0), 0.1 * sample.mean(axis=0)) + 1e-6
+    compressed = _compress(sample, unit)
+    mean = compressed.mean(axis=0)
+    centred = compressed - mean
+    width = centred.shape[1]
+    kept = max(1, min(_DIRECTIONS, len(rows) // 4, width - 1))
+    covariance = centred.T @ centred / len(rows)
+    variances, directions = scipy.linalg.eigh(covariance, subset_by_index=[width - kept, width - 1])
+    # Where all photographs are alike, rounding is what is left.
+    floor = 1e-6 * (1.0 + float(np.trace(covariance)) / width)
+    rest = (float(np.trace(covariance)) - float(variances.sum())) / (width - kept)
+    return Novelty(
+        unit=unit.astype(np.float32),
+        mean=mean.astype(np.float32),
+        directions=directions.astype(np.float32),
+        spread=np.sqrt(np.maximum(variances, floor)).astype(np.float32),
+        rest=np.sqrt(np.float32(max(rest, floor))),
+    )
+
+
+def _compress(features: NDArray[np.floating], unit: Array) -> Array:
+    """log(1 + feature / unit), elementwise; features are means after a relu, so never negative.
+
+    Their tails are heavy (the norms of ordinary photographs' features span a factor of 400 with
+    some weights), and a few photographs far out would decide over the covariance and threshold.
+    """
+    compressed: Array = np.log1p(np.maximum(np.asarray(features, np.float32), 0.0) / unit)
+    return compressed

@@ -1,0 +1,236 @@
+"""Every way to run the network gives the same features, and impossible ways are refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leafnet import backbone, bundle, engine, openvino_graph
+from leafnet.bundle import Bundle
+from leafnet.errors import UserError
+from leafnet.review import Review
+
+SIZE = 64
+
+needs_openvino = pytest.mark.skipif(
+    not openvino_graph.installed(quantizer=True), reason='needs pip install "leafnet[openvino]"'
+)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Keras's own ResNet50 whose BatchNorms do something, in a file."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    stock = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(SIZE, SIZE, 3)
+    )
+    generator = np.random.default_rng(0)
+    for layer in stock.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights(
+                [
+                    generator.uniform(0.5, 1.0, gamma.shape),
+                    generator.normal(0, 0.1, beta.shape),
+                    generator.normal(0, 0.1, mean.shape),
+                    generator.uniform(0.5, 2.0, variance.shape),
+                ]
+            )
+    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
+    stock.save_weights(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(weights_file: str) -> Bundle:
+    return Bundle(
+        url="",
+        model_id="",
+        class_names=("a", "b"),
+        image_size=SIZE,
+        convolutions=backbone.load_weights(weights_file).convolutions,
+        head=[],
+        description={},
+        review=Review(0.8, 0.95, 60.0),
+        int8_review=Review(0.9, 0.95, 70.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Not square in any way that would hide an exchange of axes or colours."""
+    y, x = np.mgrid[0 : 1 : SIZE * 1j, 0 : 1 : SIZE * 1j]
+    generator = np.random.default_rng(1)
+    colours = generator.uniform(0, 255, (9, 1, 1, 3))
+    ramps = np.stack([x, y**2, np.sin(9 * x * y)], axis=-1)
+    made = colours * ramps + generator.normal(0, 20, (9, SIZE, SIZE, 3))
+    return np.array(np.clip(made, 0, 255), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected(weights_file: str, pixels: np.ndarray) -> np.ndarray:
+    """What stock Keras makes of the pixels, BatchNorms and all."""
+    import keras
+
+    stock = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(SIZE, SIZE, 3), pooling="avg"
+    )
+    stock.load_weights(weights_file)
+    scaled = keras.applications.resnet50.preprocess_input(pixels.astype(np.float32))
+    return np.asarray(stock.predict_on_batch(scaled))
+
+
+@pytest.fixture(scope="module")
+def with_int8(model: Bundle, pixels: np.ndarray) -> Bundle:
+    graph = openvino_graph.build(model.convolutions, image_size=SIZE)
+    int8 = openvino_graph.quantize(graph, list(pixels))
+    return Bundle(**{**vars(model), "int8": int8})
+
+
+def opened(model: Bundle, name: str, precision: str) -> engine.Engine:
+    return engine.open_engine(
+        model, engine=name, precision=precision, threads=2, gpu=False, batch_size=4
+    )
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "allowed"),
+    [
+        ("tensorflow", "float32", 1e-5),
+        ("tensorflow", "bfloat16", 0.05),
+        pytest.param("openvino", "float32", 1e-5, marks=needs_openvino),
+        pytest.param("openvino", "bfloat16", 0.05, marks=needs_openvino),
+    ],
+)
+def test_features_are_those_of_stock_keras(
+    model: Bundle,
+    pixels: np.ndarray,
+    expected: np.ndarray,
+    name: str,
+    precision: str,
+    allowed: float,
+) -> None:
+    found = opened(model, name, precision)
+    assert (found.name, found.precision, found.review) == (name, precision, model.review)
+    features = found.features(pixels)
+    assert features.dtype == np.float32
+    assert relative_error(features, expected) < allowed
+    # A batch that is cut elsewhere, and padded, gives every photograph the same features.
+    np.testing.assert_allclose(found.features(pixels[8:]), features[8:], rtol=2e-2, atol=1e-4)
+    np.testing.assert_allclose(found.features(pixels[1:6]), features[1:6], rtol=2e-2, atol=1e-4)
+    assert found.features(pixels[:0]).shape == (0, backbone.FEATURES)
+
+
+@needs_openvino
+def test_int8_is_close_and_goes_through_a_published_model(
+    with_int8: Bundle, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
+) -> None:
+    bundle.save(
+        str(tmp_path),
+        convolutions=with_int8.convolutions,
+        head=[(np.zeros((backbone.FEATURES, 2), np.float32), np.zeros(2, np.float32))],
+        class_names=with_int8.class_names,
+        image_size=SIZE,
+        provenance={},
+        review=with_int8.review,
+        int8=with_int8.int8,
+        int8_review=with_int8.int8_review,
+    )
+    found = opened(bundle.load(str(tmp_path)), "auto", "auto")
+    assert (found.name, found.precision) == ("openvino", "int8")
+    assert found.review == with_int8.int8_review
+    assert 1e-4 < relative_error(found.features(pixels), expected) < 0.15
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, SIZE, SIZE, 3))]
+)
+def test_wrong_pixels_are_refused(wrong: np.ndarray) -> None:
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        raise AssertionError("called")
+
+    made = engine.Engine("tensorflow", "float32", "", SIZE, None, forward)
+    with pytest.raises(ValueError, match=r"need uint8 pixels of shape \[B, 64, 64, 3\], got"):
+        made.features(wrong)
+
+
+AUTO: dict[str, Any] = {
+    "engine": "auto",
+    "precision": "auto",
+    "gpu": False,
+    "has_int8": True,
+    "installed": True,
+    "best_float": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("openvino", "int8")),
+        ({"has_int8": False}, ("openvino", "bfloat16")),
+        ({"installed": False}, ("tensorflow", "bfloat16")),
+        ({"gpu": True}, ("tensorflow", "bfloat16")),
+        ({"engine": "tensorflow"}, ("tensorflow", "bfloat16")),
+        ({"engine": "tensorflow", "best_float": "float32"}, ("tensorflow", "float32")),
+        ({"precision": "float32"}, ("openvino", "float32")),
+        ({"precision": "int8"}, ("openvino", "int8")),
+        ({"engine": "openvino", "has_int8": False}, ("openvino", "bfloat16")),
+    ],
+)
+def test_choice(changes: dict[str, Any], expected: tuple[str, str]) -> None:
+    choice = engine.choose(**{**AUTO, **changes})
+    assert (choice.engine, choice.precision) == expected
+    assert choice.why
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "message"),
+    [
+        ({"engine": "openvino", "gpu": True}, "openvino-on-gpu", "--gpu false"),
+        ({"engine": "openvino", "installed": False}, "no-openvino", r"pip install \"leafnet"),
+        ({"precision": "int8", "has_int8": False}, "no-int8", "train it with --int8"),
+        ({"precision": "int8", "installed": False}, "no-openvino", r"pip install \"leafnet"),
+        ({"precision": "int8", "gpu": True}, "int8-on-gpu", "--gpu false"),
+        ({"precision": "int8", "engine": "tensorflow"}, "int8-needs-openvino", "or auto"),
+    ],
+)
+def test_impossible_choices_say_what_to_do(
+    changes: dict[str, Any], reason: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        engine.choose(**{**AUTO, **changes})
+    assert caught.value.reason == reason
+
+
+ALONE = """
+import sys
+import numpy as np
+from leafnet import backbone, openvino_graph
+weights = backbone.load_weights("random").convolutions
+graph = openvino_graph.build(weights, image_size=32)
+forward = openvino_graph.compile_model(graph, precision="float32", threads=1)
+assert forward(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 2048)
+import nncf
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+assert sys.modules["openvino_telemetry"] is None
+print("seen")
+"""
+
+
+@needs_openvino
+def test_openvino_runs_without_tensorflow_and_reports_nothing_to_anybody() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("seen\n"), done.stderr
