@@ -568,6 +568,7 @@ source, out, nodes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 for _ in range(nodes - 1):
     cluster.add_node(num_cpus=1)
+assert len(cluster.list_all_nodes()) == nodes
 settings = PrepareSettings(source=source, out=out, shard_mb=1, ray={"address": cluster.address})
 ingest.run(settings, sources.look(source))
 cluster.shutdown()

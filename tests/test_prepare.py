@@ -171,6 +171,15 @@ def test_near_duplicates_are_dropped_by_setting() -> None:
     assert plan.dropped == {"other-label": 0, "other-split": 1}
 
 
+def test_what_valid_gives_up_drops_nothing_from_train() -> None:
+    """Train is near valid, valid near test, and train not near test."""
+    rows = given_splits(train=["a/x.jpg"], valid=["a/x.jpg"], test=["a/x.jpg"])
+    hashes = {"train/a/x.jpg": 0b111, "valid/a/x.jpg": 0, "test/a/x.jpg": 0b111000}
+    rows = [r | {"perceptual_hash": hashes.get(r["key"], r["perceptual_hash"])} for r in rows]
+    plan = decide(rows, POLICY._replace(drop_near=True), has_splits=True)
+    assert {r["key"] for r in rows} - set(split_of(rows, plan)) == {"valid/a/x.jpg"}
+
+
 def test_near_distance_is_a_setting() -> None:
     assert not decide(near_rows(), POLICY._replace(near_distance=2)).duplicates.num_rows
     rows = [r | {"perceptual_hash": 5} if "/a/x" in r["key"] else r for r in near_rows()]
@@ -441,6 +450,14 @@ def test_the_order_depends_on_the_seed_only() -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_the_order_of_splits_that_are_given_depends_on_the_seed_too() -> None:
+    first, other = (
+        decide(given_splits(), POLICY._replace(seed=seed), has_splits=True) for seed in (0, 1)
+    )
+    assert first.counts == other.counts
+    assert first.rows["place"].tolist() != other.rows["place"].tolist()
 
 
 def test_the_order_is_a_shuffle() -> None:
