@@ -239,7 +239,12 @@ def _over_shards(
             batch_size=1,
             fn_constructor_args=(*actor_args, machines.threads_per_actor, machines.gpus > 0),
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=machines.actors, initial_size=_useful(machines, wanted_shards)
+                min_size=1,
+                max_size=machines.actors,
+                initial_size=_useful(machines, wanted_shards),
+                # A row group takes seconds: one that waits is enough, and more would sit with one
+                # actor while another has nothing to do.
+                max_tasks_in_flight_per_actor=2,
             ),
             num_cpus=machines.cpus_per_actor,
             num_gpus=1 if machines.gpus else 0,

@@ -187,9 +187,12 @@ def folds(
             f"--cross_validate {count}, but train and valid have only {distinct} independent "
             "groups of photographs; give fewer folds",
         )
-    # Where every example is a group of its own this is the same, and linear in their number.
-    kind = StratifiedKFold if distinct == labels.size else StratifiedGroupKFold
-    split = kind(count, shuffle=True, random_state=seed).split(labels, labels, groups)
+    options = {"n_splits": count, "shuffle": True, "random_state": seed}
+    if distinct == labels.size:
+        # The same where every example is a group of its own, and linear in their number.
+        split = StratifiedKFold(**options).split(labels, labels)
+    else:
+        split = StratifiedGroupKFold(**options).split(labels, labels, groups)
     fold_of = np.empty(labels.size, np.int64)
     for number, (_, held_out) in enumerate(split):
         fold_of[held_out] = number
@@ -380,28 +383,10 @@ def _fit_fold(
     """Fit on all but the fold `held_out` [N] and score it."""
     began = time.monotonic()
     train, valid = local.splits["train"], local.splits["valid"]
-    first_valid = train.labels.size
-    assert held_out.size == first_valid + valid.labels.size, "folds are of another data set"
-    labels = np.concatenate([train.labels, valid.labels])
-    rows = np.flatnonzero(~held_out)
-    moments = [features.moments(train.features, rows[rows < first_valid])]
-    if (rows >= first_valid).any():
-        moments.append(features.moments(valid.features, rows[rows >= first_valid] - first_valid))
-    mean, deviation = features.statistics(*moments)
-    of_train = training.cached_views(train.features, seed=job.seed)
-
-    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
-        wanted = rows[indices]
-        out = np.empty((wanted.size, mean.size), np.float16)
-        in_train = wanted < first_valid
-        out[in_train] = of_train(wanted[in_train], epoch)
-        out[~in_train] = valid.features[wanted[~in_train] - first_valid, 0]
-        return out
-
-    none = SplitFeatures(valid.features[:0], valid.labels[:0])
-    data = TrainingData(gather, labels[rows], none, mean, deviation)
+    data = fold_data(train, valid, held_out, seed=job.seed)
     state = _fit_alone(job, head, data, lambda row, state, save: None)
-    folded = fold_standardisation(state.head, mean=mean, deviation=deviation)
+    first_valid = train.labels.size
+    folded = fold_standardisation(state.head, mean=data.mean, deviation=data.deviation)
     total = metrics.empty_tally(len(job.class_names))
     for split, chosen in (
         (train, np.flatnonzero(held_out[:first_valid])),
@@ -420,6 +405,35 @@ def _fit_fold(
             "seconds": round(time.monotonic() - began, 2),
         }
     )
+
+
+def fold_data(
+    train: SplitFeatures, valid: SplitFeatures, held_out: NDArray[np.bool_], *, seed: int
+) -> TrainingData:
+    """What a head learns from when the examples `held_out` [N] of train and valid are left out.
+
+    Mean and deviation too are of the rest only. Nothing is held back to choose an epoch on.
+    """
+    first_valid = train.labels.size
+    assert held_out.size == first_valid + valid.labels.size, "folds are of another data set"
+    rows = np.flatnonzero(~held_out)
+    sums = [features.moments(train.features, rows[rows < first_valid])]
+    if (rows >= first_valid).any():
+        sums.append(features.moments(valid.features, rows[rows >= first_valid] - first_valid))
+    mean, deviation = features.statistics(*sums)
+    of_train = training.cached_views(train.features, seed=seed)
+
+    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
+        wanted = rows[indices]
+        out = np.empty((wanted.size, mean.size), np.float16)
+        in_train = wanted < first_valid
+        out[in_train] = of_train(wanted[in_train], epoch)
+        out[~in_train] = valid.features[wanted[~in_train] - first_valid, 0]
+        return out
+
+    labels = np.concatenate([train.labels, valid.labels])[rows]
+    none = SplitFeatures(valid.features[:0], valid.labels[:0])
+    return TrainingData(gather, labels, none, mean, deviation)
 
 
 def _fit_alone(

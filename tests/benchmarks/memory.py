@@ -7,10 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-
-from leafnet import shards
-from tests.benchmarks.rows import Bench, Row, train
+from tests.benchmarks.rows import Bench, Row, train, write_copy
 
 TIMES, INTERVAL_S = 10, 0.25
 FLAGS = ("--image_size", "64", "--views", "1", "--head.epochs", "2")
@@ -20,7 +17,7 @@ def rows(bench: Bench) -> list[Row]:
     peaks = {}
     for times in (1, TIMES):
         root = bench.work / f"times{times}"
-        _repeat(bench.shards, root, times)
+        write_copy(bench.shards, root, times=times)
         peaks[times] = _peak(replace(bench, shards=root), f"memory{times}")
         shutil.rmtree(root)
     return [
@@ -29,30 +26,6 @@ def rows(bench: Bench) -> list[Row]:
         for i, what in enumerate(("driver", "all processes of the job"))
         for times in (1, TIMES)
     ]  # fmt: skip
-
-
-def _repeat(source: Path, root: Path, times: int) -> None:
-    """The data set at `source`, each photograph `times` under as many keys."""
-    index = shards.read_index(str(source))
-    shutil.rmtree(root, ignore_errors=True)
-    written = []
-    for shard in index.shards:
-        table = pa.concat_tables(shards.row_groups(index.root, shard))
-        for i in range(times):
-            keys = pa.array([f"{i}/{key}" for key in table.column("key").to_pylist()])
-            copy = table.set_column(0, shards.SCHEMA.field("key"), keys)
-            name = f"{shard.name.removesuffix('.parquet')}-{i}.parquet"
-            written.append(shards.write_shard(str(root), name, copy, row_group=256))
-    shards.write_index(
-        str(root),
-        class_names=index.class_names,
-        shards=written,
-        counts={
-            split: {name: times * count for name, count in of_split.items()}
-            for split, of_split in index.counts.items()
-        },
-        prepared={},
-    )
 
 
 def _peak(bench: Bench, name: str) -> tuple[float, float]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 from PIL import Image
 
-from leafnet import demo
+from leafnet import demo, shards
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,9 +49,9 @@ def prepare(work: Path, data: Path | None) -> tuple[Path, Path, float]:
     if data is None:
         data = work / "photographs"
         _draw(data)
-    shards, began = work / "shards", time.perf_counter()
-    job(work, "prepare.py", "--source", data, "--out", shards)
-    return data, shards, time.perf_counter() - began
+    out, began = work / "shards", time.perf_counter()
+    job(work, "prepare.py", "--source", data, "--out", out)
+    return data, out, time.perf_counter() - began
 
 
 def _draw(root: Path) -> None:
@@ -139,3 +140,27 @@ def epochs(lines: Sequence[Line]) -> list[float]:
 def read(bench: Bench, run_name: str, file: str) -> dict[str, object]:
     """A JSON file of a run."""
     return dict(json.loads((bench.work / "runs" / run_name / file).read_text()))
+
+
+def write_copy(source: Path, root: Path, *, times: int = 1, row_group: int = 256) -> None:
+    """The data set at `source`, each photograph `times` under as many keys."""
+    index = shards.read_index(str(source))
+    shutil.rmtree(root, ignore_errors=True)
+    written = []
+    for shard in index.shards:
+        table = pa.concat_tables(shards.row_groups(index.root, shard))
+        for i in range(times):
+            keys = pa.array([f"{i}/{key}" for key in table.column("key").to_pylist()])
+            copy = table.set_column(0, shards.SCHEMA.field("key"), keys)
+            name = f"{shard.name.removesuffix('.parquet')}-{i}.parquet"
+            written.append(shards.write_shard(str(root), name, copy, row_group=row_group))
+    shards.write_index(
+        str(root),
+        class_names=index.class_names,
+        shards=written,
+        counts={
+            split: {name: times * count for name, count in of_split.items()}
+            for split, of_split in index.counts.items()
+        },
+        prepared={},
+    )

@@ -2,19 +2,23 @@
 
 import shutil
 import time
+from dataclasses import replace
 
 import ray
 
 from leafnet import backbone, cluster, features, inference, shards
 from leafnet.cluster import Machines
 from leafnet.config import RaySettings
-from tests.benchmarks.rows import Bench, Row
+from tests.benchmarks.rows import Bench, Row, write_copy
 
 IMAGE_SIZE, VIEWS = 128, 2
 
 
 def rows(bench: Bench) -> list[Row]:
-    rates = {actors: _rate(bench, actors) for actors in (1, 2)}
+    # Small row groups: with eight for two actors, one would wait for the other at the end.
+    root = bench.work / "small-groups"
+    write_copy(bench.shards, root, row_group=32)
+    rates = {actors: _rate(replace(bench, shards=root), actors) for actors in (1, 2)}
     peer = "one single-threaded actor"
     return [
         Row("e", peer, rates[1], "views/s", 1.0, peer),
