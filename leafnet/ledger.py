@@ -37,7 +37,7 @@ _PART = re.compile(r"part-(\d{6})")
 
 _KEYS = ["image", "version"]
 # Rows that are looked up at once. A look-up builds a hash table of the listing each time.
-_LOOK_UP_ROWS = 500_000
+_LOOK_UP_ROWS = 250_000
 _ROW_GROUP = 65_536
 _READERS = 16
 # Few values in many rows; of the others nearly each value is another, and a dictionary only costs.
@@ -180,17 +180,25 @@ def difference(
 
 def keys(table: pa.Table) -> pa.ChunkedArray:
     """Image and version of each row as one string."""
-    version = pc.fill_null(table["version"], "")
-    # No URL and no etag has a line feed, which would let two pairs give one key.
+    text = pa.large_string()  # 32-bit offsets end at 2 GB
     return pc.binary_join_element_wise(
-        table["image"].cast(pa.large_string()), version.cast(pa.large_string()), "\n"
+        table["image"].cast(text),
+        pc.fill_null(table["version"], "").cast(text),
+        # In no URL and no etag: it would let two pairs give one key.
+        pa.scalar("\n", text),
     )
 
 
 def places(listed: pa.ChunkedArray, table: pa.Table) -> Ints:
-    """The place of each row of `table` among the keys `listed`; -1: not there."""
-    found = pc.index_in(keys(table), value_set=listed.combine_chunks())
-    result: Ints = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    """The place of each row of `table` among the keys `listed`, which are unique; -1: not there."""
+    # The hash table is that of `table`, of which there is a part at a time: one of a million listed
+    # keys takes 400 MB.
+    encoded = keys(table).combine_chunks().dictionary_encode()
+    found = pc.fill_null(pc.index_in(listed, value_set=encoded.dictionary), -1).to_numpy()
+    place_of = np.full(len(encoded.dictionary) + 1, -1, np.int64)
+    here = np.flatnonzero(found >= 0)
+    place_of[found[here]] = here
+    result: Ints = place_of[encoded.indices.to_numpy()]
     return result
 
 

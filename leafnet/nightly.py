@@ -329,11 +329,12 @@ def _pool(nodes: list[Node], settings: ScoreSettings) -> _Pool:
 def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterator[_Result]:
     """The photographs of `chosen` through decoder and network, a stack at a time, as they come."""
     stack_bytes = job.stack * job.image_size**2 * 3
+    decode: Callable[..., Any] = _decode
     with _bounded_store(stack_bytes, stacks=4 * pool.actors + 3 * pool.decoders):
         results = (
             ray.data.from_arrow(_spans(chosen, job.stack, pool.decoders))
             .map_batches(
-                _decode,
+                decode,
                 batch_size=None,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
@@ -395,7 +396,7 @@ def _spans(chosen: pa.Table, stack: int, decoders: int) -> list[pa.Table]:
     return [pa.table({"start": [a], "stop": [b]}) for a, b in zip(starts, stops, strict=True)]
 
 
-def _decode(spans: Any, *, chosen: Any, job: _Job) -> Iterator[pa.Table]:
+def _decode(spans: pa.Table, *, chosen: Any, job: _Job) -> Iterator[pa.Table]:
     """The stacks of some runs of `chosen`; pixels as bytes, which no stage copies or unpacks."""
     listed: pa.Table = ray.get(chosen) if isinstance(chosen, ray.ObjectRef) else chosen
     for span in spans.to_pylist():
