@@ -265,6 +265,9 @@ class ScoreSettings(Settings):
         description="share of a CPU that Ray sets aside for a task that decodes [CPUs]; auto: 0.25 "
         "beside a network on CPUs, 1 where GPUs wait for photographs",
     )
+    keep_every: float = Field(
+        5.0, ge=0, description="finished rows are kept so often: what a kill can lose [s]"
+    )
     lock_timeout: float = Field(
         60.0,
         ge=1,

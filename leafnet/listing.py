@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -90,6 +91,8 @@ def version(info: Mapping[str, Any]) -> str:
             return str(info[key]).strip('"')
     times = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
     time = next((info[key] for key in times if info.get(key)), "")
+    # One listing of a filesystem gives seconds and another a date.
+    time = time.timestamp() if isinstance(time, datetime) else time
     return f"{time}-{info.get('size')}"
 
 

@@ -39,8 +39,7 @@ _CPU_BATCH, _GPU_BATCH = 32, 256
 _BATCHES = 4
 # A decoding task makes at most so many: the next then goes to where there is room.
 _STACKS_PER_TASK = 4
-# Finished rows are kept at least so often: it is what a kill can lose.
-_PART_S, _PART_ROWS = 5.0, 50_000
+_PART_ROWS = 50_000
 _DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
@@ -218,7 +217,13 @@ def _score(
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
         say(f"device    {device}, {job.engine}, {precision} ({why}), {workers}")
         seconds["start"] = time.monotonic() - began
-        rates = _keep_results(chosen, _results(chosen, model, job, pool), staging, held)
+        rates = _keep_results(
+            chosen,
+            _results(chosen, model, job, pool),
+            staging,
+            held,
+            every_s=settings.keep_every,
+        )
         seconds["score"] = time.monotonic() - began - seconds["start"]
     return {
         "engine": job.engine,
@@ -231,7 +236,12 @@ def _score(
 
 
 def _keep_results(
-    chosen: pa.Table, results: Iterator[_Result], staging: Staging, held: Lock
+    chosen: pa.Table,
+    results: Iterator[_Result],
+    staging: Staging,
+    held: Lock,
+    *,
+    every_s: float,
 ) -> dict[str, float]:
     """Keep every result in a part of `staging`; images/s by stage.
 
@@ -262,7 +272,7 @@ def _keep_results(
             advance(len(at))
             now = time.monotonic()
             first = first or (now, len(at))
-            if now - kept >= _PART_S or sum(map(len, waiting)) >= _PART_ROWS:
+            if now - kept >= every_s or sum(map(len, waiting)) >= _PART_ROWS:
                 keep()
                 kept = now
         if waiting:
