@@ -142,7 +142,7 @@ def _in_folder(folder: str) -> Iterator[dict[str, Any]]:
     for _, _, files in fs.walk(path, detail=True):
         for info in files.values():
             name = info["name"][below:]
-            if _is_shown(name):
+            if name and _is_shown(name):
                 yield _row(storage.join(folder, name), info)
 
 

@@ -37,6 +37,7 @@ from leafnet.terminal import say
 _CPU_BATCH, _GPU_BATCH = 32, 256
 # Passes of the network in a stack, which is what goes from a decoding task to an actor.
 _BATCHES = 4
+_STACK_BYTES = 256_000_000
 # A decoding task makes at most so many: the next then goes to where there is room.
 _STACKS_PER_TASK = 4
 _PART_ROWS = 50_000
@@ -203,7 +204,7 @@ def _score(
             batch_size = _GPU_BATCH if pool.gpus else _CPU_BATCH
         job = _Job(
             image_size=model.image_size,
-            stack=batch_size * min(_BATCHES, -(-len(chosen) // (batch_size * pool.actors))),
+            stack=batch_size * _batches(batch_size, model.image_size, len(chosen), pool.actors),
             max_pixels=settings.max_megapixels * 1_000_000,
             batch_size=batch_size,
             engine="tensorflow",
@@ -223,6 +224,7 @@ def _score(
             staging,
             held,
             every_s=settings.keep_every,
+            shared=len(nodes) == 1,
         )
         seconds["score"] = time.monotonic() - began - seconds["start"]
     return {
@@ -235,6 +237,16 @@ def _score(
     }
 
 
+def _batches(batch_size: int, image_size: int, photographs: int, actors: int) -> int:
+    """Passes of the network in a stack: fewer where they are large, or where all are to have one.
+
+    >>> _batches(32, 256, 5000, 1), _batches(32, 256, 50, 1), _batches(256, 512, 5000, 1)
+    (4, 2, 1)
+    """
+    fair = -(-photographs // (batch_size * actors))
+    return max(1, min(_BATCHES, fair, _STACK_BYTES // (batch_size * image_size**2 * 3)))
+
+
 def _keep_results(
     chosen: pa.Table,
     results: Iterator[_Result],
@@ -242,10 +254,20 @@ def _keep_results(
     held: Lock,
     *,
     every_s: float,
+    shared: bool,
 ) -> dict[str, float]:
     """Keep every result in a part of `staging`; images/s by stage.
 
+    Args:
+        chosen: the listed photographs, with their places.
+        results: of all of them, in any order.
+        staging: where the rows are kept.
+        held: checked before each write.
+        every_s: seconds between parts.
+        shared: every machine of the cluster is known to see the same local files.
+
     Raises:
+        UserError: another job has the output; photographs are on this machine's disk alone.
         RuntimeError: a photograph of `chosen` did not come back, or came twice.
     """
     places = chosen["place"].to_numpy()
@@ -266,6 +288,8 @@ def _keep_results(
             if seen[at].any():
                 raise RuntimeError(f"{chosen['image'][at[seen[at]][0]]} was scored twice")
             seen[at] = True
+            if not shared:
+                _refuse_unshared(result.rows)
             waiting.append(result.rows)
             decode_s += result.decode_s
             network_s += result.network_s
@@ -290,6 +314,18 @@ def _keep_results(
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
+def _refuse_unshared(rows: pa.Table) -> None:
+    """Refuse local photographs that other machines of the cluster do not have."""
+    missing = rows.filter(pc.starts_with(rows["reason"], "not-found"))
+    for image in missing["image"].to_pylist():
+        if storage.is_local(image) and Path(image).is_file():
+            raise UserError(
+                "images-not-shared",
+                f"{image} is on this machine but not on all machines of the cluster; give --images "
+                "as a URL or on a shared disk",
+            )
+
+
 class _Pool(NamedTuple):
     """How the work is spread over the cluster."""
 
@@ -310,7 +346,8 @@ def _pool(nodes: list[Node], settings: ScoreSettings) -> _Pool:
         UserError: more workers than GPUs.
     """
     machines = cluster.machines(nodes, settings.gpu)
-    cpus, actors = sum(node.cpus for node in nodes), machines.actors
+    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
+    actors = machines.actors
     threads, share = machines.threads_per_actor, machines.cpus_per_actor
     if settings.workers != "auto":
         actors = settings.workers
@@ -322,7 +359,8 @@ def _pool(nodes: list[Node], settings: ScoreSettings) -> _Pool:
             )
         if not machines.gpus:
             threads = max(1, int(cpus / actors))
-            share = min(0.75 * cpus / actors, 0.75 * max(node.cpus for node in nodes))
+            share = min(0.75 * cpus / actors, 0.75 * largest)
+    threads = max(1, min(threads, int(largest)))
     share = min(share, 0.75 * cpus / actors)
     # Actors cannot be cut over nodes.
     while sum(int(node.cpus / share) for node in nodes) < actors:
@@ -352,6 +390,9 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
                 # of the object store that is meant for pixels.
                 fn_kwargs={"chosen": ray.put(chosen), "job": job},
                 num_cpus=pool.cpus_per_decode,
+                # Ray Data's default is to try for ever, and with a photograph that makes a decoder
+                # crash its process the job would never end.
+                max_retries=10,
             )
             .map_batches(
                 _Network,

@@ -60,7 +60,8 @@ def publish(out: str, date: str, *tables: pa.Table, model: str = MODEL) -> Count
 
 def compare(out: str, photographs: pa.Table, **changes: Any) -> Difference:
     scored = ledger.history(ledger.published(out), model_id=MODEL, schema=SCHEMA)
-    return ledger.difference(photographs, scored, **{"date": "2026-11-30", "retries": 2} | changes)
+    options: dict[str, Any] = {"date": "2026-11-30", "retries": 2} | changes
+    return ledger.difference(photographs, scored, **options)
 
 
 def test_only_what_is_new_is_to_be_done(out: str) -> None:
@@ -202,9 +203,8 @@ def test_plain_readers_see_published_rows_only(tmp_path: Path) -> None:
     table = ds.dataset(out, partitioning="hive").to_table()
     assert set(zip(*(table[n].to_pylist() for n in ("image", "date")), strict=True)) == expected
     for pattern in ("*/*.parquet", "**/*.parquet"):
-        rows = duckdb.sql(
-            f"select image, cast(date as varchar), probabilities.rust from '{out}/{pattern}'"
-        ).fetchall()
+        query = f"select image, cast(date as varchar), probabilities.rust from '{out}/{pattern}'"
+        rows = duckdb.connect().execute(query).fetchall()
         assert {row[:2] for row in rows} == expected
         assert {row[2] for row in rows} == {0.5, None}
 

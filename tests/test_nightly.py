@@ -3,6 +3,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -15,12 +16,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from leafnet import bundle, config, demo, nightly
+from leafnet import (
+    bundle,
+    config,
+    demo,
+    ledger,
+    listing,
+    lock,
+    nightly,
+    scoring,
+    terminal,
+)
+from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
-from leafnet.errors import EXIT_TOO_MANY_FAILED, UserError
+from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
+from leafnet.ledger import Staging
 
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
 
@@ -163,6 +177,177 @@ def test_a_night_with_every_kind_of_bad_file(
     assert {path: data for path, data in tree(out).items() if path in before} == before
 
 
+@pytest.mark.parametrize(
+    ("nodes", "changes"),
+    [
+        ([Node(2, 0)], {}),
+        ([Node(1, 0)], {}),
+        ([Node(2, 0)], {"workers": 2}),
+        ([Node(2, 0)], {"workers": 7, "cpus_per_decode": 4}),
+        ([Node(1, 1)], {}),
+        ([Node(16, 1), Node(3, 0)], {"cpus_per_decode": 2}),
+        ([Node(3, 0), Node(3, 0)], {"workers": 3}),
+        ([Node(2, 0), Node(64, 0)], {}),
+        ([Node(8, 4)], {"workers": 2}),
+    ],
+)
+def test_actors_leave_cpus_to_the_tasks_that_feed_them(
+    nodes: list[Node], changes: dict[str, Any]
+) -> None:
+    pool = nightly._pool(nodes, settings("m", Path("in"), Path("out"), **changes))
+    assert pool.actors == changes.get("workers", pool.actors)
+    left = [node.cpus for node in nodes]
+    for _ in range(pool.actors):  # wherever Ray puts them
+        fullest = max(range(len(left)), key=lambda i: left[i])
+        left[fullest] -= pool.cpus_per_actor
+        assert left[fullest] >= 0
+    assert 0 < pool.cpus_per_decode <= max(left)
+    assert 1 <= pool.threads_per_actor <= max(node.cpus for node in nodes)
+
+
+def test_more_workers_than_gpus() -> None:
+    with pytest.raises(UserError, match="the cluster has 1 GPUs"):
+        nightly._pool([Node(4, 1)], settings("m", Path("in"), Path("out"), workers=2))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000])
+def test_spans_cover_the_list_once(rows: int) -> None:
+    listed = pa.table({"row": pa.nulls(rows, pa.int32()), "version": ["v"] * rows})
+    spans = [s.to_pylist()[0] for s in nightly._spans(listed, 32, decoders=2)]
+    covered = [i for span in spans for i in range(span["start"], span["stop"])]
+    assert covered == list(range(rows))
+
+
+def test_spans_end_with_their_shard() -> None:
+    listed = pa.table(
+        {"row": pa.array([0, 5, 9, 0, 3], pa.int32()), "version": ["a", "a", "a", "b", "b"]}
+    )
+    spans = [s.to_pylist()[0] for s in nightly._spans(listed, 32, decoders=2)]
+    assert spans == [{"start": 0, "stop": 3}, {"start": 3, "stop": 5}]
+
+
+def stage(model: str, images: Path, out: Path, count: int) -> Staging:
+    """What a job leaves that finished its first `count` photographs and was killed."""
+    loaded = bundle.load(model)
+    root = ledger.staging_root(str(out), model_id=loaded.model_id, images=str(images))
+    staging = ledger.start_staging(root, date="2026-11-24", found=None)
+    listed = listing.look(str(images)).photographs
+    photographs = listed.slice(0, count).select(["image", "version"])
+    for name in scoring.PHOTOGRAPH.names:
+        if name not in photographs.column_names:
+            empty = pa.nulls(count, scoring.PHOTOGRAPH.field(name).type)
+            photographs = photographs.append_column(name, empty)
+    rows = scoring.rows(
+        photographs,
+        np.zeros((count, 3), np.float32),
+        None,
+        output=scoring.schema(loaded.class_names),
+        class_names=loaded.class_names,
+        review=scoring.Thresholds(),
+        model_id=loaded.model_id,
+        run_id=staging.run_id,
+    )
+    staging.add(rows)
+    return staging
+
+
+def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_path: Path) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    write_leaves(images, 3)
+    staging = stage(random_model, images, out, 3)
+    nightly.run(settings(random_model, images, out, date="2026-11-25"))
+    (path,) = out.glob("date=2026-11-25/*.parquet")
+    assert path.stem == staging.run_id
+    assert len(pd.read_parquet(out)) == 3
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs"}
+
+
+def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    write_leaves(images, 3)
+    staging = stage(random_model, images, out, 3)
+    summary = {
+        "run_id": staging.run_id,
+        "published": "there",
+        "scored": 100,
+        "status": {"ok": 90, "review": 0, "failed": 10},
+    }
+    staging.keep_summary(summary)
+    schema = scoring.schema(demo.CLASS_NAMES, model_id=bundle.load(random_model).model_id)
+    ledger.publish(staging, str(out), schema=schema, check=lambda counts: None)
+    with pytest.raises(UserError, match="10 of 100 photographs failed"):
+        nightly.run(settings(random_model, images, out, date="2026-11-25"))
+    assert json.loads((out / "_runs" / f"{staging.run_id}.json").read_text()) == summary
+    assert len(pd.read_parquet(out)) == 3
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    before = tree(out)
+    nightly.run(settings(random_model, images, out, date="2026-11-25"))
+    assert tree(out) == before
+
+
+def test_nothing_is_published_that_does_not_add_up(
+    random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    write_leaves(images, 3)
+    stage(random_model, images, out, 2)
+    monkeypatch.setattr(nightly, "_score", lambda *arguments: {})  # a pipeline that loses one
+    with pytest.raises(RuntimeError, match="listed 3 photographs, but 0 were done and there are 2"):
+        nightly.run(settings(random_model, images, out))
+    assert list(out.rglob("*.parquet")) == []
+
+
+def test_two_jobs_for_one_output(random_model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_leaves(tmp_path / "in", 1)
+    with lock.hold(str(out), timeout_s=60):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}") as caught:
+            nightly.run(settings(random_model, tmp_path / "in", out))
+        assert caught.value.exit_code == EXIT_IN_USE
+
+
+def test_an_empty_night(random_model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    nightly.run(settings(random_model, tmp_path / "in", tmp_path / "out"))
+    assert tree(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"out": "in/predictions"}, "out-in-images"),
+        ({"model": "nowhere"}, "no-model"),
+        ({"images": "nowhere"}, "no-images"),
+    ],
+)
+def test_what_is_refused(
+    changes: dict[str, str], reason: str, random_model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    values = {"model": random_model, "images": "in", "out": "out"} | changes
+    made = settings(
+        values["model"] if values["model"] == random_model else str(tmp_path / values["model"]),
+        tmp_path / values["images"],
+        tmp_path / values["out"],
+    )
+    with pytest.raises(UserError) as caught:
+        nightly.run(made)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("date", ["2026-11-31", "20261124", "tonight", "24.11.2026"])
+def test_a_date_that_is_none(date: str) -> None:
+    with pytest.raises(UserError, match="--date cannot be"):
+        settings("m", Path("in"), Path("out"), date=date)
+
+
+def test_a_job_ends_with_the_code_of_its_error() -> None:
+    def job(argv: Any) -> None:
+        raise pickle.loads(pickle.dumps(UserError("r", "m", exit_code=EXIT_TOO_MANY_FAILED)))
+
+    assert terminal.run_job(job, []) == EXIT_TOO_MANY_FAILED
+
+
 class Job:
     """jobs/score.py in a process group of its own, with a Ray of its own."""
 
@@ -223,16 +408,16 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
         *("--date", "2026-11-24", "--batch_size", "4", "--keep_every", "0", "--ray.cpus", "2"),
     ]
     generator = random.Random(20261124)
-    finished_parts = 0
-    began = time.monotonic()
+    finished: dict[str, Any] = {}  # image -> when it was scored
     life = 15.0
     for i in range(10):
+        parts = len(list(out.glob("_staging/*/part-*")))
         job = Job(arguments, log)
         jobs.append(job)
         # Half of the kills come once rows are kept, when there is something to lose.
         deadline = time.monotonic() + 60
         while i % 2 and job.process.poll() is None and time.monotonic() < deadline:
-            if len(list(out.glob("_staging/*/part-*"))) > finished_parts:
+            if len(list(out.glob("_staging/*/part-*"))) > parts:
                 break
             time.sleep(0.02)
         try:
@@ -248,9 +433,11 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
             else:
                 os.killpg(job.process.pid, signal.SIGKILL)
         job.end()
-        parts = len(list(out.glob("_staging/*/part-*")))
-        finished_parts = max(finished_parts, parts)
-    assert time.monotonic() - began > 0
+        for path in out.glob("_staging/*/part-*"):
+            if "." not in path.name:
+                rows = pd.read_parquet(path)
+                finished |= dict(zip(rows.image, rows.scored_at, strict=True))
+    assert 0 < len(finished) < 160
     job = Job(arguments, log)
     jobs.append(job)
     assert job.process.wait(240) == 0, log.read_text()
@@ -258,6 +445,7 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
     assert len(frame) == 160
     assert frame.image.is_unique
     assert set(frame.status) == {"ok"}
-    assert "finished when" in log.read_text()
+    scored_at = dict(zip(frame.image, frame.scored_at, strict=True))
+    assert {image: scored_at[image] for image in finished} == finished  # and not done again
     assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
     assert len(list(out.glob("_runs/*.json"))) == 1
