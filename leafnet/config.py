@@ -283,6 +283,11 @@ class ScoreSettings(Settings):
             raise ValueError(f"must be auto or at least 1, got {value}")
         return value
 
+    @field_validator("max_failed", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        return value.removesuffix("%") if isinstance(value, str) else value
+
     @field_validator("cpus_per_decode")
     @classmethod
     def _some_cpu(cls, value: float | str) -> float | str:
@@ -318,7 +323,7 @@ def parse(
         SystemExit: after `--help`, with code 0.
     """
     parser = _parser(settings_class, prog=prog, description=description, examples=examples)
-    known, unknown = parser.parse_known_args(list(argv))
+    known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
     flags = vars(known)
     if unknown:
         names = [name for name, _ in leaves(settings_class)] + ["config", "help"]
@@ -422,6 +427,18 @@ def _from_text(text: str, field: FieldInfo) -> Any:
     if typing.get_origin(field.annotation) is tuple:
         return () if text.lower() in ("", "none") else text.split(",")
     return text
+
+
+def _with_underscores(word: str) -> str:
+    """A flag as the settings are named; values are left alone.
+
+    >>> _with_underscores("--max-failed=1-2"), _with_underscores("-a-b")
+    ('--max_failed=1-2', '-a-b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

@@ -9,7 +9,6 @@ under the same RUN_ID; a part is no `.parquet`, so that no pattern of a reader's
 import contextlib
 import hashlib
 import json
-import posixpath
 import re
 import tempfile
 import uuid
@@ -349,7 +348,7 @@ def publish(
     beside = storage.absolute(staging.root) if storage.is_local(staging.root) else None
     status, label, reason = Counter[str](), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="publish-", dir=beside) as folder:
-        local = Path(folder) / posixpath.basename(url)
+        local = Path(folder) / "night"  # no .parquet before it is published
         with pq.ParquetWriter(
             local, schema, compression="zstd", use_dictionary=_DICTIONARY, write_statistics=True
         ) as writer:

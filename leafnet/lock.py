@@ -5,7 +5,6 @@ number counts. Whoever finds its owner dead creates the next number, which only 
 nobody ever deletes or overwrites the lock of a living owner. At rest there is no lock file.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -71,9 +70,6 @@ class Lock:
         """Give the output to the next job."""
         if self._lost is None:
             storage.delete(self.url)
-            if storage.is_local(self.url):
-                with contextlib.suppress(OSError):  # another job is at the door already
-                    os.rmdir(os.path.dirname(storage.absolute(self.url)))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Tasks decode, actors hold the network, and the driver alone writes: whichever pr
 what it wrote is complete, and the next start goes on from there.
 """
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,6 @@ _DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
 Array = NDArray[np.float32]
-Forward = Callable[[Pixels], Array]
 Summary = dict[str, Any]
 
 
@@ -166,7 +166,6 @@ class _Job:
     stack: int  # photographs
     max_pixels: int
     batch_size: int
-    engine: str
     precision: str
     review: Thresholds
     model_id: str
@@ -181,6 +180,8 @@ class _Result(NamedTuple):
     places: NDArray[np.int64]  # of the rows, in the night's list
     decode_s: float  # of the decoding task
     network_s: float  # of the actor
+    engine: str
+    precision: str
 
 
 def _score(
@@ -207,7 +208,6 @@ def _score(
             stack=batch_size * _batches(batch_size, model.image_size, len(chosen), pool.actors),
             max_pixels=settings.max_megapixels * 1_000_000,
             batch_size=batch_size,
-            engine="tensorflow",
             precision=precision,
             review=_thresholds(model),
             model_id=model.model_id,
@@ -216,9 +216,9 @@ def _score(
         )
         device = f"{pool.gpus} GPU" if pool.gpus else "CPU"
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
-        say(f"device    {device}, {job.engine}, {precision} ({why}), {workers}")
+        say(f"device    {device}, {workers}, {precision} ({why})")
         seconds["start"] = time.monotonic() - began
-        rates = _keep_results(
+        facts = _keep_results(
             chosen,
             _results(chosen, model, job, pool),
             staging,
@@ -227,14 +227,7 @@ def _score(
             shared=len(nodes) == 1,
         )
         seconds["score"] = time.monotonic() - began - seconds["start"]
-    return {
-        "engine": job.engine,
-        "precision": precision,
-        "device": device,
-        "workers": pool.actors,
-        "batch_size": batch_size,
-        "images_per_second": rates,
-    }
+    return facts | {"device": device, "workers": pool.actors, "batch_size": batch_size}
 
 
 def _batches(batch_size: int, image_size: int, photographs: int, actors: int) -> int:
@@ -255,8 +248,8 @@ def _keep_results(
     *,
     every_s: float,
     shared: bool,
-) -> dict[str, float]:
-    """Keep every result in a part of `staging`; images/s by stage.
+) -> Summary:
+    """Keep every result in a part of `staging`; the engine that ran and images/s by stage.
 
     Args:
         chosen: the listed photographs, with their places.
@@ -276,6 +269,7 @@ def _keep_results(
     decode_s = network_s = 0.0
     began = kept = time.monotonic()
     first: tuple[float, int] | None = None
+    engines = set()
 
     def keep() -> None:
         held.check()
@@ -293,6 +287,7 @@ def _keep_results(
             waiting.append(result.rows)
             decode_s += result.decode_s
             network_s += result.network_s
+            engines.add((result.engine, result.precision))
             advance(len(at))
             now = time.monotonic()
             first = first or (now, len(at))
@@ -311,7 +306,11 @@ def _keep_results(
     }
     if first is not None and count > first[1]:
         rates["after_the_first_stack"] = (count - first[1]) / (now - first[0])
-    return {name: round(rate, 1) for name, rate in rates.items()}
+    return {
+        "engine": ", ".join(sorted({engine for engine, _ in engines})),
+        "precision": ", ".join(sorted({precision for _, precision in engines})),
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+    }
 
 
 def _refuse_unshared(rows: pa.Table) -> None:
@@ -413,6 +412,8 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
                     places=np.frombuffer(row["places"], np.int64),
                     decode_s=row["decode_s"],
                     network_s=row["network_s"],
+                    engine=row["engine"],
+                    precision=row["precision"],
                 )
 
 
@@ -474,7 +475,7 @@ class _Network:
         self._model: Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._job = job
         self._schema = scoring.schema(job.class_names, model_id=job.model_id, run_id=job.run_id)
-        self._features = _open_network(self._model, job, threads=threads, gpu=gpu)
+        self._engine = _open_engine(self._model, job, threads=threads, gpu=gpu)
 
     def __call__(self, stacks: pa.Table) -> pa.Table:
         job, results = self._job, []
@@ -487,7 +488,7 @@ class _Network:
             logits = np.zeros((0, len(job.class_names)), np.float32)
             novelty = None
             if len(pixels):
-                features = self._features(pixels)
+                features = self._engine.features(pixels)
                 logits = head_logits(self._model.head, features)
                 novelty = _novelty(self._model, features)
             rows = scoring.rows(
@@ -506,6 +507,8 @@ class _Network:
                     "places": photographs["place"].to_numpy().tobytes(),
                     "decode_s": stacks["decode_s"][i].as_py(),
                     "network_s": time.perf_counter() - began,
+                    "engine": self._engine.name,
+                    "precision": self._engine.precision,
                 }
             )
         return pa.Table.from_pylist(results)
@@ -516,13 +519,21 @@ def _check_engine(settings: ScoreSettings) -> None:
         raise UserError("no-engine", "this leafnet has the tensorflow engine only, without int8")
 
 
-def _open_network(model: Bundle, job: _Job, *, threads: int, gpu: bool) -> Forward:
-    """The backbone, pixels [B, S, S, 3] uint8 -> features [B, D] float32, for any B."""
+class _Engine(NamedTuple):
+    """The backbone, ready to run."""
+
+    name: str
+    precision: str
+    features: Callable[[Pixels], Array]  # [B, S, S, 3] uint8 -> [B, D] float32, for any B
+
+
+def _open_engine(model: Bundle, job: _Job, *, threads: int, gpu: bool) -> _Engine:
     cluster.limit_threads(threads, gpu=gpu)
     network = backbone.build(
         model.convolutions, image_size=model.image_size, precision=job.precision
     )
-    return lambda pixels: bundle.forward(network, pixels, batch_size=job.batch_size)
+    forward = functools.partial(bundle.forward, network, batch_size=job.batch_size)
+    return _Engine("tensorflow", job.precision, forward)
 
 
 def _thresholds(model: Bundle) -> Thresholds:
@@ -644,8 +655,9 @@ def _say_summary(summary: Summary, out: str) -> None:
     if rates:
         rate = rates.get("after_the_first_stack", rates["from_start_to_end"])
         say(
-            f"speed     {rate:,.1f} images/s; network {rates['network_by_a_worker']:,.1f} by each "
-            f"worker, decoding {rates['decode_by_a_task']:,.1f} by each task"
+            f"speed     {rate:,.1f} images/s, {summary['engine']} in {summary['precision']}; "
+            f"network {rates['network_by_a_worker']:,.1f} by each worker, decoding "
+            f"{rates['decode_by_a_task']:,.1f} by each task"
         )
     say(f"published {summary['published']}")
     say(f"summary   {_summary_url(out, summary['run_id'])}")

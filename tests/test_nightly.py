@@ -1,4 +1,5 @@
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -156,7 +157,7 @@ def test_a_night_with_every_kind_of_bad_file(
     assert summary["status"] == {"ok": 12, "review": 0, "failed": 29}
     assert summary["reasons"]["truncated"] == 7
     assert sum(summary["labels"].values()) == 12
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
 
     before = tree(out)
     nightly.run(made(date="2026-11-24"))
@@ -259,7 +260,7 @@ def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_
     (path,) = out.glob("date=2026-11-25/*.parquet")
     assert path.stem == staging.run_id
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs", "_lock"}
 
 
 def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
         nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert json.loads((out / "_runs" / f"{staging.run_id}.json").read_text()) == summary
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
     before = tree(out)
     nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
@@ -333,6 +334,14 @@ def test_what_is_refused(
     with pytest.raises(UserError) as caught:
         nightly.run(made)
     assert caught.value.reason == reason
+
+
+def test_settings_as_people_write_them() -> None:
+    words = ["--model", "m", "--images=a-b", "--out", "o", "--max-failed", "7.5%", "--retries=0"]
+    made = config.parse(ScoreSettings, words, prog="p", description="d")
+    assert (made.images, made.max_failed, made.retries) == ("a-b", 7.5, 0)
+    night = datetime.date(2026, 11, 24)  # as YAML reads it
+    assert settings("m", Path("in"), Path("out"), date=night).date == "2026-11-24"
 
 
 @pytest.mark.parametrize("date", ["2026-11-31", "20261124", "tonight", "24.11.2026"])
@@ -447,5 +456,5 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
     assert set(frame.status) == {"ok"}
     scored_at = dict(zip(frame.image, frame.scored_at, strict=True))
     assert {image: scored_at[image] for image in finished} == finished  # and not done again
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
     assert len(list(out.glob("_runs/*.json"))) == 1
