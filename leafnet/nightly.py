@@ -42,6 +42,7 @@ _STACK_BYTES = 256_000_000
 # A decoding task makes at most so many: the next then goes to where there is room.
 _STACKS_PER_TASK = 4
 _PART_ROWS = 50_000
+_STEADY_S = 5.0  # what came in less time says nothing of the speed
 _DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
@@ -74,7 +75,7 @@ def run(settings: ScoreSettings) -> None:
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "score.log"
     with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
         with terminal.chatter_to(log):
-            summary = _night(settings, model, held)
+            summary = _night(settings, model, held, log)
         if summary is not None:
             url = storage.join(settings.out, ledger.RUNS, f"{summary['run_id']}.log")
             storage.write_bytes(url, log.read_bytes())
@@ -93,7 +94,7 @@ def _judge(summary: Summary, max_failed: float) -> None:
         )
 
 
-def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None:
+def _night(settings: ScoreSettings, model: Bundle, held: Lock, log: Path) -> Summary | None:
     """The summary of what was published; None: there was nothing new."""
     began = time.monotonic()
     out, date = settings.out, str(settings.date)
@@ -123,6 +124,8 @@ def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None
             found.delete()
         say(f"nothing new: {out} is as it was")
         return summary
+    # Before the work: a Ray that dies takes this process with it, without another word.
+    say(f"log       {log}")
     staging = ledger.start_staging(root, date=date, found=found)
     done = ledger.adopt(staging, photographs.photographs, difference)
     missing = difference.todo & ~done
@@ -304,7 +307,7 @@ def _keep_results(
         "network_by_a_worker": count / max(network_s, 1e-9),
         "from_start_to_end": count / (now - began),
     }
-    if first is not None and count > first[1]:
+    if first is not None and now - first[0] > _STEADY_S:
         rates["after_the_first_stack"] = (count - first[1]) / (now - first[0])
     return {
         "engine": ", ".join(sorted({engine for engine, _ in engines})),
