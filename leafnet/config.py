@@ -5,6 +5,7 @@ and a value that cannot be are refused by name, before any machine is taken.
 """
 
 import argparse
+import datetime
 import difflib
 import types
 import typing
@@ -248,6 +249,87 @@ class EvaluateSettings(Settings):
     ray: RaySettings = RaySettings()
 
 
+class ScoreSettings(Settings):
+    """Settings of jobs/score.py."""
+
+    model: Url = Field(description="a published model, runs/NAME/model")
+    images: Url = Field(
+        description="photographs: a folder, a prefix, a glob, a list of URLs (.txt, or .parquet "
+        "with a column image), or a data set that jobs/prepare.py wrote"
+    )
+    out: Url = Field(description="folder or URL for the predictions")
+    date: str | None = Field(
+        None, description="the night, for the partition date=YYYY-MM-DD; none: today in UTC"
+    )
+    retries: int = Field(
+        2,
+        ge=0,
+        description="later nights on which a photograph that could not be read is tried again",
+    )
+    max_failed: float = Field(
+        5.0, ge=0, le=100, description="exit code 4 when more of the night failed [%]"
+    )
+    max_megapixels: int = Field(
+        120, ge=1, description="a larger photograph is refused before it is decoded [megapixels]"
+    )
+    engine: Literal["auto", "tensorflow", "openvino"] = Field(
+        "auto", description="what runs the network; auto: the fastest that is installed"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="of the backbone; auto: the fastest that model and processor have"
+    )
+    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    workers: int | Auto = Field(
+        "auto", description="processes that hold the network; auto: from the cluster's CPUs or GPUs"
+    )
+    batch_size: int | Auto = Field(
+        "auto", description="images in one pass; auto: 32 on CPU, 256 on GPU"
+    )
+    cpus_per_decode: float | Auto = Field(
+        "auto",
+        description="share of a CPU that Ray sets aside for a task that decodes [CPUs]; auto: 0.25 "
+        "beside a network on CPUs, 1 where GPUs wait for photographs",
+    )
+    keep_every: float = Field(
+        5.0, ge=0, description="finished rows are kept so often: what a kill can lose [s]"
+    )
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and its output is taken over [s]",
+    )
+    ray: RaySettings = RaySettings()
+
+    @field_validator("workers", "batch_size")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be auto or at least 1, got {value}")
+        return value
+
+    @field_validator("max_failed", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        return value.removesuffix("%") if isinstance(value, str) else value
+
+    @field_validator("cpus_per_decode")
+    @classmethod
+    def _some_cpu(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 < value <= 64:
+            raise ValueError(f"must be auto or more than 0 and at most 64, got {value}")
+        return value
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        if isinstance(value, datetime.date):  # as YAML reads 2026-11-24
+            return value.isoformat()
+        if isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() != value:
+            raise ValueError(f"must be written YYYY-MM-DD, got {value}")
+        return value
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -266,7 +348,7 @@ def parse(
         SystemExit: after `--help`, with code 0.
     """
     parser = _parser(settings_class, prog=prog, description=description, examples=examples)
-    known, unknown = parser.parse_known_args(list(argv))
+    known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
     flags = vars(known)
     if unknown:
         names = [name for name, _ in leaves(settings_class)] + ["config", "help"]
@@ -370,6 +452,18 @@ def _from_text(text: str, field: FieldInfo) -> Any:
     if typing.get_origin(field.annotation) is tuple:
         return () if text.lower() in ("", "none") else text.split(",")
     return text
+
+
+def _with_underscores(word: str) -> str:
+    """A flag as the settings are named; values are left alone.
+
+    >>> _with_underscores("--max-failed=1-2"), _with_underscores("-a-b")
+    ('--max_failed=1-2', '-a-b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

@@ -201,6 +201,11 @@ def row_groups(root: str, shard: Shard) -> Iterator[pa.Table]:
             f"{url} is not the file that was prepared (its sha256 differs); "
             "prepare the data set again",
         )
+    yield from tables(data)
+
+
+def tables(data: bytes) -> Iterator[pa.Table]:
+    """The row groups of the shard whose file is `data`, in order."""
     file = pq.ParquetFile(pa.BufferReader(data))
     for i in range(file.num_row_groups):
         yield file.read_row_group(i)

@@ -52,7 +52,7 @@ _IMAGE_SUFFIXES = (
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What cameras, tools and people leave beside photographs. Any other file in a class folder is
 # taken for a photograph, so that a broken one is told and not passed over.
-_SIDECAR_SUFFIXES = (
+SIDECAR_SUFFIXES = (
     *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".xml", ".yaml", ".yml"),
     *(".html", ".ini", ".db", ".log", ".cls"),
 )
@@ -115,7 +115,7 @@ def look(source: str) -> Listing:
         elif name.lower().endswith(_TAR_SUFFIXES):
             kinds["tars"].append((name, file))
         # Only class folders make a photograph of a file with any other name.
-        elif suffix in _IMAGE_SUFFIXES or ("/" in name and suffix not in _SIDECAR_SUFFIXES):
+        elif suffix in _IMAGE_SUFFIXES or ("/" in name and suffix not in SIDECAR_SUFFIXES):
             kinds["photographs"].append((name, file))
         else:
             skipped[suffix] += 1

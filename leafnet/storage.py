@@ -4,6 +4,7 @@ Nothing is ever seen half written: a local file is written aside and renamed, an
 makes an object visible when its upload is complete.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -149,6 +150,50 @@ def write_bytes(url: str, data: bytes) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Write `data` to `url` if nothing is there, in one step; False when something is.
+
+    Of several processes that do so at once, one gets True. Object stores have to know
+    `If-None-Match: *` for that, as S3 does.
+    """
+    fs, path = filesystem(url)
+    try:
+        if not isinstance(fs, LocalFileSystem):
+            fs.pipe_file(path, data, mode="create")
+            return True
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        Path(aside).write_bytes(data)
+        try:
+            os.link(aside, path)
+        finally:
+            os.unlink(aside)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        # What s3fs makes of a refused `If-None-Match` differs with the server.
+        if error.errno == errno.EINVAL and fs.exists(path):
+            return False
+        raise
+
+
+def move_in(local: str | Path, url: str) -> None:
+    """Make the complete local file `local` appear at `url` in one step, replacing what is there.
+
+    A local `url` has to be on the disk of `local`, which is gone afterwards.
+    """
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(local), path)
+        Path(local).unlink()
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(local, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(local, path)
 
 
 def write_json(url: str, document: Any) -> None:

@@ -24,7 +24,6 @@ from leafnet.errors import UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 # A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
@@ -168,14 +167,15 @@ def chatter_to(path: Path) -> Iterator[None]:
 def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run `job` with the command line; returns the exit code.
 
-    0 done, 2 something the user gave is wrong (one line `error[reason]: …`), 130 interrupted,
-    1 anything else, with the log file that holds the stack trace.
+    0 done, 2 something the user gave is wrong (one line `error[reason]: …`; the error may have a
+    code of its own), 130 interrupted, 1 anything else, with the log file that holds the stack
+    trace.
     """
     try:
         job(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error[{error.reason}]: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED

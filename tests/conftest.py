@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from leafnet import demo, shards, storage
+from leafnet import backbone, bundle, demo, shards, storage
+from leafnet.classifier import initial_head
 from leafnet.images import fingerprint
 from leafnet.shards import Shard, ShardIndex
 
@@ -64,3 +65,19 @@ def write_data_set(root: str, per_class: dict[str, int], *, seed: int = 0) -> Sh
     return shards.write_index(
         root, class_names=demo.CLASS_NAMES, shards=written, counts=counts, prepared={}
     )
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published model with random weights for pictures of 32 pixels, which costs little."""
+    url = str(tmp_path_factory.mktemp("model"))
+    head = initial_head([8], 3, inputs=backbone.FEATURES, seed=0)
+    bundle.save(
+        url,
+        convolutions=backbone.load_weights("random").convolutions,
+        head=head,
+        class_names=("early_blight", "healthy", "late_blight"),
+        image_size=32,
+        provenance={},
+    )
+    return url

@@ -68,7 +68,9 @@ def filled(text: str) -> str:
 def each(paths: Iterable[Path]) -> list[Any]:
     """`paths` as parameters of a test; those that tell of jobs/score.py need it."""
     return [
-        pytest.param(p, marks=needs_score if NEEDS_SCORE.search(p.read_text()) else (), id=name_of(p))
+        pytest.param(
+            p, marks=needs_score if NEEDS_SCORE.search(p.read_text()) else (), id=name_of(p)
+        )
         for p in paths
     ]
 

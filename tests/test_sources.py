@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leafnet import sources, terminal
+from leafnet import errors, sources, terminal
 from leafnet.errors import UserError
 from leafnet.sources import Listing, Sample
 
@@ -258,6 +258,6 @@ def test_a_photograph_that_is_gone_is_a_value(tmp_path: Path) -> None:
 
 def test_a_missing_source_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     code = terminal.run_job(lambda argv: print(sources.look(argv[0])), ["/no/such/folder"])
-    assert code == terminal.EXIT_USER_ERROR
+    assert code == errors.EXIT_USER_ERROR
     told = capsys.readouterr().err
     assert told == "error[no-such-folder]: --source /no/such/folder does not exist\n"

@@ -103,3 +103,22 @@ def test_relative_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/") == str(tmp_path / "runs")
     assert storage.absolute(f"file://{tmp_path}/runs") == str(tmp_path / "runs")
+
+
+def test_create_only_what_is_not_there(root: str) -> None:
+    url = storage.join(root, "new", "a.json")
+    assert storage.create_bytes(url, b"first")
+    assert not storage.create_bytes(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert storage.list_names(storage.join(root, "new")) == ["a.json"]
+
+
+def test_move_in(root: str, tmp_path: Path) -> None:
+    url = storage.join(root, "date=1", "a.bin")
+    for content in (b"one", b"two"):
+        local = tmp_path / "local"
+        local.write_bytes(content)
+        storage.move_in(local, url)
+        assert storage.read_bytes(url) == content
+        assert not local.exists()
+    assert storage.list_names(storage.join(root, "date=1")) == ["a.bin"]

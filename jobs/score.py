@@ -1,0 +1,33 @@
+"""Score the photographs that are new since the last time, and publish them as one night."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, terminal
+
+EXAMPLES = """\
+  python jobs/score.py --model runs/potato/model --images incoming --out predictions
+  python jobs/score.py --config jobs/score.yaml --date 2026-11-24
+  python jobs/score.py --model runs/potato/model --images "s3://field/2026-*/*.jpg" --out s3://p
+exit codes:
+  0 done, or nothing new; 2 a setting or file is wrong; 3 another job is at work on --out;
+  4 more than --max-failed of the night failed (it is published all the same)
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.ScoreSettings,
+        argv,
+        prog="jobs/score.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    # After the settings are known to be right: Ray takes seconds to import.
+    from leafnet import nightly
+
+    nightly.run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

@@ -1,0 +1,667 @@
+"""What jobs/score.py does, in the order in which it happens.
+
+    list -> drop what is scored -> read and decode -> network -> rows, kept in parts -> publish
+
+Tasks decode, actors hold the network, and the driver alone writes: whichever process is killed,
+what it wrote is complete, and the next start goes on from there.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from leafnet import backbone, bundle, cluster, ledger, listing, lock, scoring, storage, terminal
+from leafnet.bundle import Bundle
+from leafnet.classifier import head_logits
+from leafnet.cluster import Node
+from leafnet.config import ScoreSettings
+from leafnet.errors import EXIT_TOO_MANY_FAILED, UserError
+from leafnet.ledger import Counts, Difference, Staging
+from leafnet.listing import Listing
+from leafnet.lock import Lock
+from leafnet.scoring import Thresholds
+from leafnet.terminal import say
+
+_CPU_BATCH, _GPU_BATCH = 32, 256
+# Passes of the network in a stack, which is what goes from a decoding task to an actor.
+_BATCHES = 4
+_STACK_BYTES = 256_000_000
+# A decoding task makes at most so many: the next then goes to where there is room.
+_STACKS_PER_TASK = 4
+_PART_ROWS = 50_000
+_STEADY_S = 5.0  # what came in less time says nothing of the speed
+_DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
+
+Pixels = NDArray[np.uint8]  # [B, S, S, 3]
+Array = NDArray[np.float32]
+Summary = dict[str, Any]
+
+
+def run(settings: ScoreSettings) -> None:
+    """Score what is new under `settings.images` and publish it as one night.
+
+    Raises:
+        UserError: something in the settings or the model is wrong; the output is in use (exit
+            code 3); too many photographs failed (exit code 4, the night is published).
+    """
+    settings = settings.model_copy(
+        update={
+            "images": storage.absolute(settings.images),
+            "out": storage.absolute(settings.out),
+            "date": settings.date or datetime.now(UTC).date().isoformat(),
+        }
+    )
+    if f"{settings.out}/".startswith(f"{settings.images.rstrip('/')}/"):
+        raise UserError(
+            "out-in-images",
+            f"--out {settings.out} lies in --images {settings.images}; give --out a folder of its "
+            "own",
+        )
+    _check_engine(settings)
+    model = bundle.load(settings.model)
+    log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "score.log"
+    with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
+        with terminal.chatter_to(log):
+            summary = _night(settings, model, held, log)
+        if summary is not None:
+            url = storage.join(settings.out, ledger.RUNS, f"{summary['run_id']}.log")
+            storage.write_bytes(url, log.read_bytes())
+    if summary is not None:
+        _judge(summary, settings.max_failed)
+
+
+def _judge(summary: Summary, max_failed: float) -> None:
+    failed, scored = summary["status"]["failed"], summary["scored"]
+    if failed > scored * max_failed / 100:
+        raise UserError(
+            "too-many-failed",
+            f"{failed:,} of {scored:,} photographs failed, more than {max_failed:g} %; the night "
+            f"is published, and the reasons are in it: {summary['published']}",
+            exit_code=EXIT_TOO_MANY_FAILED,
+        )
+
+
+def _night(settings: ScoreSettings, model: Bundle, held: Lock, log: Path) -> Summary | None:
+    """The summary of what was published; None: there was nothing new."""
+    began = time.monotonic()
+    out, date = settings.out, str(settings.date)
+    root = ledger.staging_root(out, model_id=model.model_id, images=settings.images)
+    found = ledger.find_staging(root)
+    summary = None
+    if found and storage.exists(ledger.target(out, found.date, found.run_id)):
+        summary = _finish(found, out)
+        say(f"{summary['run_id']} was published and then interrupted; it is complete now")
+        found = None
+    say(f"model     {model.url}   id {model.model_id}, {len(model.class_names)} classes")
+    photographs = listing.look(settings.images)
+    difference = ledger.difference(
+        photographs.photographs,
+        ledger.history(
+            ledger.published(out),
+            model_id=model.model_id,
+            schema=scoring.schema(model.class_names),
+        ),
+        date=date,
+        retries=settings.retries,
+    )
+    _say_listing(photographs, difference)
+    listed_s = time.monotonic() - began
+    if not difference.todo.any():
+        if found:
+            found.delete()
+        say(f"nothing new: {out} is as it was")
+        return summary
+    # Before the work: a Ray that dies takes this process with it, without another word.
+    say(f"log       {log}")
+    staging = ledger.start_staging(root, date=date, found=found)
+    done = ledger.adopt(staging, photographs.photographs, difference)
+    missing = difference.todo & ~done
+    if done.any():
+        say(f"goes on   {done.sum():,} photographs were finished when {staging.run_id} stopped")
+    facts: Summary = {
+        "run_id": staging.run_id,
+        "date": date,
+        "images": settings.images,
+        "listed": photographs.photographs.num_rows,
+        "already_done": difference.already_done,
+        "tried_again": difference.again,
+        "finished_before": int(done.sum()),
+    }
+    seconds = {"list": listed_s}
+    if missing.any():
+        facts |= _score(settings, model, photographs, missing, staging, held, seconds)
+    return _publish(settings, model, staging, held, facts, seconds, began)
+
+
+def _say_listing(photographs: Listing, difference: Difference) -> None:
+    table = photographs.photographs
+    size = pc.sum(table["size"]).as_py()
+    told = f", {size / 1e6:,.1f} MB" if size else ""
+    say(f"images    {photographs.images}   {table.num_rows:,} photographs{told}")
+    for note in photographs.notes:
+        say(f"          {note}")
+    again = f", of them {difference.again:,} for another time" if difference.again else ""
+    new = int(difference.todo.sum())
+    say(f"tonight   {new:,} to score{again}; {difference.already_done:,} are done already")
+
+
+# The pipeline
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that tasks and actors have to know."""
+
+    image_size: int
+    stack: int  # photographs
+    max_pixels: int
+    batch_size: int
+    precision: str
+    review: Thresholds
+    model_id: str
+    run_id: str
+    class_names: tuple[str, ...]
+
+
+class _Result(NamedTuple):
+    """What an actor made of a stack."""
+
+    rows: pa.Table
+    places: NDArray[np.int64]  # of the rows, in the night's list
+    decode_s: float  # of the decoding task
+    network_s: float  # of the actor
+    engine: str
+    precision: str
+
+
+def _score(
+    settings: ScoreSettings,
+    model: Bundle,
+    photographs: Listing,
+    missing: NDArray[np.bool_],
+    staging: Staging,
+    held: Lock,
+    seconds: dict[str, float],
+) -> Summary:
+    """Score the `missing` photographs into `staging`; what to tell of it."""
+    began = time.monotonic()
+    numbered = photographs.photographs.append_column("place", pa.array(np.arange(len(missing))))
+    chosen = numbered.filter(pa.array(missing)).combine_chunks()
+    with cluster.session(settings.ray) as nodes:
+        pool = _pool(nodes, settings)
+        precision, why = cluster.choose_precision(settings.precision, gpu=pool.gpus > 0)
+        batch_size = settings.batch_size
+        if batch_size == "auto":
+            batch_size = _GPU_BATCH if pool.gpus else _CPU_BATCH
+        job = _Job(
+            image_size=model.image_size,
+            stack=batch_size * _batches(batch_size, model.image_size, len(chosen), pool.actors),
+            max_pixels=settings.max_megapixels * 1_000_000,
+            batch_size=batch_size,
+            precision=precision,
+            review=_thresholds(model),
+            model_id=model.model_id,
+            run_id=staging.run_id,
+            class_names=model.class_names,
+        )
+        device = f"{pool.gpus} GPU" if pool.gpus else "CPU"
+        workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
+        say(f"device    {device}, {workers}, {precision} ({why})")
+        seconds["start"] = time.monotonic() - began
+        facts = _keep_results(
+            chosen,
+            _results(chosen, model, job, pool),
+            staging,
+            held,
+            every_s=settings.keep_every,
+            shared=len(nodes) == 1,
+        )
+        seconds["score"] = time.monotonic() - began - seconds["start"]
+    return facts | {"device": device, "workers": pool.actors, "batch_size": batch_size}
+
+
+def _batches(batch_size: int, image_size: int, photographs: int, actors: int) -> int:
+    """Passes of the network in a stack: fewer where they are large, or where all are to have one.
+
+    >>> _batches(32, 256, 5000, 1), _batches(32, 256, 50, 1), _batches(256, 512, 5000, 1)
+    (4, 2, 1)
+    """
+    fair = -(-photographs // (batch_size * actors))
+    return max(1, min(_BATCHES, fair, _STACK_BYTES // (batch_size * image_size**2 * 3)))
+
+
+def _keep_results(
+    chosen: pa.Table,
+    results: Iterator[_Result],
+    staging: Staging,
+    held: Lock,
+    *,
+    every_s: float,
+    shared: bool,
+) -> Summary:
+    """Keep every result in a part of `staging`; the engine that ran and images/s by stage.
+
+    Args:
+        chosen: the listed photographs, with their places.
+        results: of all of them, in any order.
+        staging: where the rows are kept.
+        held: checked before each write.
+        every_s: seconds between parts.
+        shared: every machine of the cluster is known to see the same local files.
+
+    Raises:
+        UserError: another job has the output; photographs are on this machine's disk alone.
+        RuntimeError: a photograph of `chosen` did not come back, or came twice.
+    """
+    places = chosen["place"].to_numpy()
+    seen = np.zeros(len(places), bool)
+    waiting: list[pa.Table] = []
+    decode_s = network_s = 0.0
+    began = kept = time.monotonic()
+    first: tuple[float, int] | None = None
+    engines = set()
+
+    def keep() -> None:
+        held.check()
+        staging.add(pa.concat_tables(waiting))
+        waiting.clear()
+
+    with terminal.progress("score", len(places)) as advance:
+        for result in results:
+            at = np.searchsorted(places, result.places)
+            if seen[at].any():
+                raise RuntimeError(f"{chosen['image'][at[seen[at]][0]]} was scored twice")
+            seen[at] = True
+            if not shared:
+                _refuse_unshared(result.rows)
+            waiting.append(result.rows)
+            decode_s += result.decode_s
+            network_s += result.network_s
+            engines.add((result.engine, result.precision))
+            advance(len(at))
+            now = time.monotonic()
+            first = first or (now, len(at))
+            if now - kept >= every_s or sum(map(len, waiting)) >= _PART_ROWS:
+                keep()
+                kept = now
+        if waiting:
+            keep()
+    if not seen.all():
+        raise RuntimeError(f"{(~seen).sum():,} of {len(seen):,} photographs did not come back")
+    now, count = time.monotonic(), len(places)
+    rates = {
+        "decode_by_a_task": count / max(decode_s, 1e-9),
+        "network_by_a_worker": count / max(network_s, 1e-9),
+        "from_start_to_end": count / (now - began),
+    }
+    if first is not None and now - first[0] > _STEADY_S:
+        rates["after_the_first_stack"] = (count - first[1]) / (now - first[0])
+    return {
+        "engine": ", ".join(sorted({engine for engine, _ in engines})),
+        "precision": ", ".join(sorted({precision for _, precision in engines})),
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+    }
+
+
+def _refuse_unshared(rows: pa.Table) -> None:
+    """Refuse local photographs that other machines of the cluster do not have."""
+    missing = rows.filter(pc.starts_with(rows["reason"], "not-found"))
+    for image in missing["image"].to_pylist():
+        if storage.is_local(image) and Path(image).is_file():
+            raise UserError(
+                "images-not-shared",
+                f"{image} is on this machine but not on all machines of the cluster; give --images "
+                "as a URL or on a shared disk",
+            )
+
+
+class _Pool(NamedTuple):
+    """How the work is spread over the cluster."""
+
+    gpus: int  # 0: on CPUs
+    actors: int
+    threads_per_actor: int
+    cpus_per_actor: float
+    cpus_per_decode: float
+    decoders: int  # tasks that decode at the same time
+
+
+def _pool(nodes: list[Node], settings: ScoreSettings) -> _Pool:
+    """Actors for the network, and CPUs that they leave to the tasks that feed them.
+
+    Without such CPUs the job would wait for ever, so the shares are cut until both fit.
+
+    Raises:
+        UserError: more workers than GPUs.
+    """
+    machines = cluster.machines(nodes, settings.gpu)
+    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
+    actors = machines.actors
+    threads, share = machines.threads_per_actor, machines.cpus_per_actor
+    if settings.workers != "auto":
+        actors = settings.workers
+        if machines.gpus and actors > machines.gpus:
+            raise UserError(
+                "too-few-gpus",
+                f"--workers {actors}, but the cluster has {machines.gpus} GPUs; give fewer, or "
+                "--gpu false",
+            )
+        if not machines.gpus:
+            threads = max(1, int(cpus / actors))
+            share = min(0.75 * cpus / actors, 0.75 * largest)
+    threads = max(1, min(threads, int(largest)))
+    share = min(share, 0.75 * cpus / actors)
+    # Actors cannot be cut over nodes.
+    while sum(int(node.cpus / share) for node in nodes) < actors:
+        share *= 0.75
+    left = cpus - actors * share
+    wanted = settings.cpus_per_decode
+    if wanted == "auto":
+        wanted = 1.0 if machines.gpus else _DECODE_CPUS
+    # Some node has at least its part of what is left. Ray counts in ten-thousandths.
+    decode = int(min(wanted, left / len(nodes)) * 10_000) / 10_000
+    return _Pool(machines.gpus, actors, threads, share, decode, max(1, int(left / decode)))
+
+
+def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterator[_Result]:
+    """The photographs of `chosen` through decoder and network, a stack at a time, as they come."""
+    stack_bytes = job.stack * job.image_size**2 * 3
+    decode: Callable[..., Any] = _decode
+    with _bounded_store(stack_bytes, stacks=4 * pool.actors + 3 * pool.decoders):
+        results = (
+            ray.data.from_arrow(_spans(chosen, job.stack, pool.decoders))
+            .map_batches(
+                decode,
+                batch_size=None,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                # The list as a whole: a million photographs, block by block, would fill the share
+                # of the object store that is meant for pixels.
+                fn_kwargs={"chosen": ray.put(chosen), "job": job},
+                num_cpus=pool.cpus_per_decode,
+                # Ray Data's default is to try for ever, and with a photograph that makes a decoder
+                # crash its process the job would never end.
+                max_retries=10,
+            )
+            .map_batches(
+                _Network,
+                batch_size=1,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                fn_constructor_args=(ray.put(model), job, pool.threads_per_actor, pool.gpus > 0),
+                compute=ray.data.ActorPoolStrategy(size=pool.actors),
+                num_cpus=pool.cpus_per_actor,
+                num_gpus=1 if pool.gpus else 0,
+            )
+        )
+        for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            table: Any = block
+            for row in table.to_pylist():
+                yield _Result(
+                    rows=_from_ipc(row["rows"]),
+                    places=np.frombuffer(row["places"], np.int64),
+                    decode_s=row["decode_s"],
+                    network_s=row["network_s"],
+                    engine=row["engine"],
+                    precision=row["precision"],
+                )
+
+
+@contextmanager
+def _bounded_store(stack_bytes: int, *, stacks: int) -> Iterator[None]:
+    """Let Ray Data hold no more than so many stacks between the stages, and each by itself.
+
+    By default it fills half the object store (15 % of the memory) with decoded photographs, and
+    gathers blocks of 128 MB before it hands them on.
+    """
+    context = ray.data.DataContext.get_current()
+    options = context.execution_options
+    before = context.target_max_block_size, options.resource_limits
+    context.target_max_block_size = max(1, stack_bytes // 2)
+    options.resource_limits = ray.data.ExecutionResources(object_store_memory=stack_bytes * stacks)
+    try:
+        yield
+    finally:
+        context.target_max_block_size, options.resource_limits = before
+
+
+def _spans(chosen: pa.Table, stack: int, decoders: int) -> list[pa.Table]:
+    """Runs of rows, a block for each decoding task: some stacks, or what is wanted of a shard."""
+    count = len(chosen)
+    if count and chosen["row"].null_count == 0:
+        shard = chosen["version"].combine_chunks().dictionary_encode().indices.to_numpy()
+        starts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist()]
+    else:
+        stacks = min(_STACKS_PER_TASK, max(1, count // (4 * decoders * stack)))
+        starts = list(range(0, count, stacks * stack))
+    stops = [*starts[1:], count]
+    return [pa.table({"start": [a], "stop": [b]}) for a, b in zip(starts, stops, strict=True)]
+
+
+def _decode(spans: pa.Table, *, chosen: Any, job: _Job) -> Iterator[pa.Table]:
+    """The stacks of some runs of `chosen`; pixels as bytes, which no stage copies or unpacks."""
+    listed: pa.Table = ray.get(chosen) if isinstance(chosen, ray.ObjectRef) else chosen
+    for span in spans.to_pylist():
+        stacks = scoring.decode_photographs(
+            listed.slice(span["start"], span["stop"] - span["start"]),
+            image_size=job.image_size,
+            batch_size=job.stack,
+            max_pixels=job.max_pixels,
+        )
+        for stack in stacks:
+            yield pa.table(
+                {
+                    "photographs": _binary(_to_ipc(stack.photographs)),
+                    "pixels": _binary(pa.py_buffer(np.ascontiguousarray(stack.pixels))),
+                    "decode_s": [stack.seconds],
+                }
+            )
+
+
+class _Network:
+    """An actor that turns stacks into rows of the output."""
+
+    def __init__(self, model: Any, job: _Job, threads: int, gpu: bool) -> None:
+        self._model: Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
+        self._job = job
+        self._schema = scoring.schema(job.class_names, model_id=job.model_id, run_id=job.run_id)
+        self._engine = _open_engine(self._model, job, threads=threads, gpu=gpu)
+
+    def __call__(self, stacks: pa.Table) -> pa.Table:
+        job, results = self._job, []
+        for i in range(stacks.num_rows):
+            began = time.perf_counter()
+            photographs = _from_ipc(stacks["photographs"][i].as_buffer())
+            side = job.image_size
+            buffer = stacks["pixels"][i].as_buffer()
+            pixels = np.frombuffer(buffer, np.uint8).reshape(-1, side, side, 3)
+            logits = np.zeros((0, len(job.class_names)), np.float32)
+            novelty = None
+            if len(pixels):
+                features = self._engine.features(pixels)
+                logits = head_logits(self._model.head, features)
+                novelty = _novelty(self._model, features)
+            rows = scoring.rows(
+                photographs,
+                logits,
+                novelty,
+                output=self._schema,
+                class_names=job.class_names,
+                review=job.review,
+                model_id=job.model_id,
+                run_id=job.run_id,
+            )
+            results.append(
+                {
+                    "rows": _to_ipc(rows).to_pybytes(),
+                    "places": photographs["place"].to_numpy().tobytes(),
+                    "decode_s": stacks["decode_s"][i].as_py(),
+                    "network_s": time.perf_counter() - began,
+                    "engine": self._engine.name,
+                    "precision": self._engine.precision,
+                }
+            )
+        return pa.Table.from_pylist(results)
+
+
+def _check_engine(settings: ScoreSettings) -> None:
+    if settings.engine == "openvino" or settings.precision == "int8":
+        raise UserError("no-engine", "this leafnet has the tensorflow engine only, without int8")
+
+
+class _Engine(NamedTuple):
+    """The backbone, ready to run."""
+
+    name: str
+    precision: str
+    features: Callable[[Pixels], Array]  # [B, S, S, 3] uint8 -> [B, D] float32, for any B
+
+
+def _open_engine(model: Bundle, job: _Job, *, threads: int, gpu: bool) -> _Engine:
+    cluster.limit_threads(threads, gpu=gpu)
+    network = backbone.build(
+        model.convolutions, image_size=model.image_size, precision=job.precision
+    )
+    forward = functools.partial(bundle.forward, network, batch_size=job.batch_size)
+    return _Engine("tensorflow", job.precision, forward)
+
+
+def _thresholds(model: Bundle) -> Thresholds:
+    review = getattr(model, "review", None)
+    return Thresholds(review.confidence, review.novelty) if review else Thresholds()
+
+
+def _novelty(model: Bundle, features: Array) -> Array | None:
+    measure = getattr(model, "novelty", None)
+    return None if measure is None else np.asarray(measure.distance(features), np.float32)
+
+
+def _binary(buffer: pa.Buffer) -> pa.Array:
+    """One value of `buffer`'s bytes, not copied."""
+    offsets = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
+
+
+def _to_ipc(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _from_ipc(data: Any) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+# What was made of the night
+
+
+def _publish(
+    settings: ScoreSettings,
+    model: Bundle,
+    staging: Staging,
+    held: Lock,
+    facts: Summary,
+    seconds: dict[str, float],
+    began: float,
+) -> Summary:
+    """Make the night visible, and tell of it."""
+    began_publish = time.monotonic()
+    summary = facts | {
+        "published": ledger.target(settings.out, staging.date, staging.run_id),
+        "model": {
+            "url": model.url,
+            "model_id": model.model_id,
+            "class_names": list(model.class_names),
+            "decoder_version": model.description["decoder_version"],
+            "trained_at": model.description.get("trained_at"),
+        },
+        "started_at": staging.started_at,
+        "settings": settings.model_dump(mode="json"),
+        "versions": bundle.versions(),
+    }
+
+    def check(counts: Counts) -> None:
+        status = {name: counts.status.get(name, 0) for name in ("ok", "review", "failed")}
+        if facts["listed"] != facts["already_done"] + counts.rows:
+            raise RuntimeError(
+                f"listed {facts['listed']:,} photographs, but {facts['already_done']:,} were done "
+                f"and there are {counts.rows:,} rows ({status})"
+            )
+        summary.update(
+            scored=counts.rows, status=status, labels=counts.label, reasons=counts.reason
+        )
+        staging.keep_summary(summary)
+        held.check()
+
+    schema = scoring.schema(model.class_names, model_id=model.model_id, run_id=staging.run_id)
+    ledger.publish(staging, settings.out, schema=schema, check=check)
+    seconds["publish"] = time.monotonic() - began_publish
+    seconds["total"] = time.monotonic() - began
+    summary |= {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    storage.write_json(_summary_url(settings.out, staging.run_id), summary)
+    staging.delete()
+    _say_summary(summary, settings.out)
+    return summary
+
+
+def _finish(staging: Staging, out: str) -> Summary:
+    """What is left to do for a night that was killed just after it was published."""
+    summary = staging.read_summary()
+    url = _summary_url(out, staging.run_id)
+    if not storage.exists(url):
+        storage.write_json(url, summary)
+    staging.delete()
+    return summary
+
+
+def _summary_url(out: str, run_id: str) -> str:
+    return storage.join(out, ledger.RUNS, f"{run_id}.json")
+
+
+def _say_summary(summary: Summary, out: str) -> None:
+    scored = summary["scored"]
+
+    def share(count: int) -> str:
+        return f"{100 * count / scored:.1f} %"
+
+    rows = [[name, f"{count:,}", share(count)] for name, count in summary["status"].items()]
+    say()
+    terminal.table(f"night {summary['date']}", ["status", "photographs", "share"], rows)
+    for title, counts in (("label", summary["labels"]), ("reason", summary["reasons"])):
+        if counts:
+            say()
+            told = [[name, f"{count:,}", share(count)] for name, count in counts.items()]
+            terminal.table("", [title, "photographs", "share"], told)
+    status, rates = summary["status"], summary.get("images_per_second", {})
+    say()
+    say(
+        f"listed    {summary['listed']:,} = {summary['already_done']:,} already done + "
+        + " + ".join(f"{count:,} {name}" for name, count in status.items())
+    )
+    if rates:
+        rate = rates.get("after_the_first_stack", rates["from_start_to_end"])
+        say(
+            f"speed     {rate:,.1f} images/s, {summary['engine']} in {summary['precision']}; "
+            f"network {rates['network_by_a_worker']:,.1f} by each worker, decoding "
+            f"{rates['decode_by_a_task']:,.1f} by each task"
+        )
+    say(f"published {summary['published']}")
+    say(f"summary   {_summary_url(out, summary['run_id'])}")
+    say(f"done in {terminal.duration(summary['seconds']['total'])}")
