@@ -6,7 +6,6 @@ Tasks decode, actors hold the network, and the driver alone writes: whichever pr
 what it wrote is complete, and the next start goes on from there.
 """
 
-import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,18 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from leafnet import backbone, bundle, cluster, ledger, listing, lock, scoring, storage, terminal
+from leafnet import (
+    bundle,
+    cluster,
+    engine,
+    ledger,
+    listing,
+    lock,
+    openvino_graph,
+    scoring,
+    storage,
+    terminal,
+)
 from leafnet.bundle import Bundle
 from leafnet.classifier import head_logits
 from leafnet.cluster import Node
@@ -32,7 +42,6 @@ from leafnet.errors import EXIT_TOO_MANY_FAILED, UserError
 from leafnet.ledger import Counts, Difference, Staging
 from leafnet.listing import Listing
 from leafnet.lock import Lock
-from leafnet.scoring import Thresholds
 from leafnet.terminal import say
 
 _CPU_BATCH, _GPU_BATCH = 32, 256
@@ -70,8 +79,9 @@ def run(settings: ScoreSettings) -> None:
             f"--out {settings.out} lies in --images {settings.images}; give --out a folder of its "
             "own",
         )
-    _check_engine(settings)
     model = bundle.load(settings.model)
+    # What cannot be run is told before a machine is taken.
+    _choose(settings, model, gpu=settings.gpu is True, best_float="float32")
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "score.log"
     with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
         with terminal.chatter_to(log):
@@ -170,7 +180,7 @@ class _Job:
     max_pixels: int
     batch_size: int
     precision: str
-    review: Thresholds
+    engine: str
     model_id: str
     run_id: str
     class_names: tuple[str, ...]
@@ -202,7 +212,10 @@ def _score(
     chosen = numbered.filter(pa.array(missing)).combine_chunks()
     with cluster.session(settings.ray) as nodes:
         pool = _pool(nodes, settings)
-        precision, why = cluster.choose_precision(settings.precision, gpu=pool.gpus > 0)
+        best_float, why = cluster.choose_precision("auto", gpu=pool.gpus > 0)
+        chosen_engine = _choose(settings, model, gpu=pool.gpus > 0, best_float=best_float)
+        if chosen_engine.precision != best_float:
+            why = chosen_engine.why
         batch_size = settings.batch_size
         if batch_size == "auto":
             batch_size = _GPU_BATCH if pool.gpus else _CPU_BATCH
@@ -211,15 +224,15 @@ def _score(
             stack=batch_size * _batches(batch_size, model.image_size, len(chosen), pool.actors),
             max_pixels=settings.max_megapixels * 1_000_000,
             batch_size=batch_size,
-            precision=precision,
-            review=_thresholds(model),
+            engine=chosen_engine.engine,
+            precision=chosen_engine.precision,
             model_id=model.model_id,
             run_id=staging.run_id,
             class_names=model.class_names,
         )
         device = f"{pool.gpus} GPU" if pool.gpus else "CPU"
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
-        say(f"device    {device}, {workers}, {precision} ({why})")
+        say(f"device    {device}, {workers}, {job.engine} in {job.precision} ({why})")
         seconds["start"] = time.monotonic() - began
         facts = _keep_results(
             chosen,
@@ -478,7 +491,14 @@ class _Network:
         self._model: Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._job = job
         self._schema = scoring.schema(job.class_names, model_id=job.model_id, run_id=job.run_id)
-        self._engine = _open_engine(self._model, job, threads=threads, gpu=gpu)
+        self._engine = engine.open_engine(
+            self._model,
+            engine=job.engine,
+            precision=job.precision,
+            threads=threads,
+            gpu=gpu,
+            batch_size=job.batch_size,
+        )
 
     def __call__(self, stacks: pa.Table) -> pa.Table:
         job, results = self._job, []
@@ -500,7 +520,7 @@ class _Network:
                 novelty,
                 output=self._schema,
                 class_names=job.class_names,
-                review=job.review,
+                review=self._engine.review,
                 model_id=job.model_id,
                 run_id=job.run_id,
             )
@@ -517,36 +537,19 @@ class _Network:
         return pa.Table.from_pylist(results)
 
 
-def _check_engine(settings: ScoreSettings) -> None:
-    if settings.engine == "openvino" or settings.precision == "int8":
-        raise UserError("no-engine", "this leafnet has the tensorflow engine only, without int8")
-
-
-class _Engine(NamedTuple):
-    """The backbone, ready to run."""
-
-    name: str
-    precision: str
-    features: Callable[[Pixels], Array]  # [B, S, S, 3] uint8 -> [B, D] float32, for any B
-
-
-def _open_engine(model: Bundle, job: _Job, *, threads: int, gpu: bool) -> _Engine:
-    cluster.limit_threads(threads, gpu=gpu)
-    network = backbone.build(
-        model.convolutions, image_size=model.image_size, precision=job.precision
+def _choose(settings: ScoreSettings, model: Bundle, *, gpu: bool, best_float: str) -> engine.Choice:
+    return engine.choose(
+        engine=settings.engine,
+        precision=settings.precision,
+        gpu=gpu,
+        has_int8=model.int8 is not None,
+        installed=openvino_graph.installed(),
+        best_float=best_float,
     )
-    forward = functools.partial(bundle.forward, network, batch_size=job.batch_size)
-    return _Engine("tensorflow", job.precision, forward)
-
-
-def _thresholds(model: Bundle) -> Thresholds:
-    review = getattr(model, "review", None)
-    return Thresholds(review.confidence, review.novelty) if review else Thresholds()
 
 
 def _novelty(model: Bundle, features: Array) -> Array | None:
-    measure = getattr(model, "novelty", None)
-    return None if measure is None else np.asarray(measure.distance(features), np.float32)
+    return None if model.novelty is None else model.novelty.distance(features)
 
 
 def _binary(buffer: pa.Buffer) -> pa.Array:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from leafnet import shards, storage
 from leafnet.errors import UserError
 from leafnet.images import DECODER_VERSION, ImageError, decode
 from leafnet.metrics import softmax
+from leafnet.review import Review
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
 Array = NDArray[np.float32]
@@ -53,14 +53,6 @@ PHOTOGRAPH = pa.schema(
         ("longitude", pa.float64()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Past which a person should look at a photograph; None: no such threshold."""
-
-    confidence: float | None = None  # lowest that is trusted
-    novelty: float | None = None  # highest that is trusted
 
 
 def schema(class_names: Sequence[str], *, model_id: str = "", run_id: str = "") -> pa.Schema:
@@ -232,7 +224,7 @@ def rows(
     *,
     output: pa.Schema,
     class_names: Sequence[str],
-    review: Thresholds,
+    review: Review | None,
     model_id: str,
     run_id: str,
 ) -> pa.Table:
@@ -244,7 +236,7 @@ def rows(
         novelty: [B], likewise; None: the model has no such measure.
         output: `schema` of the model.
         class_names: in the order of the logits.
-        review: thresholds.
+        review: thresholds; None: the model has none.
         model_id: of the model.
         run_id: of the job's run.
 
@@ -271,7 +263,7 @@ def rows(
     status = np.full(count, "failed", object)
     status[scored] = "ok"
     for i in scored:
-        told = _why_review(float(confidence[i]), float(distances[i]), review)
+        told = review and review.reason(float(confidence[i]), float(distances[i]))
         if told:
             status[i], reasons[i] = "review", told
     failed = np.ones(count, bool)
@@ -301,18 +293,3 @@ def rows(
         "scored_at": pa.array([now] * count, pa.timestamp("us", tz="UTC")),
     }
     return pa.table([columns[name] for name in output.names], schema=output)
-
-
-def _why_review(confidence: float, novelty: float, review: Thresholds) -> str | None:
-    """Why a person should look at it, or None.
-
-    >>> _why_review(0.41, 12.0, Thresholds(confidence=0.8, novelty=20.0))
-    'low-confidence: 0.410 is under 0.800'
-    >>> _why_review(0.9, float("nan"), Thresholds(confidence=0.8))
-    """
-    told = []
-    if review.novelty is not None and novelty > review.novelty:
-        told.append(f"unlike-training: novelty {novelty:.4g} is over {review.novelty:.4g}")
-    if review.confidence is not None and confidence < review.confidence:
-        told.append(f"low-confidence: {confidence:.3f} is under {review.confidence:.3f}")
-    return "; ".join(told) or None

@@ -40,7 +40,7 @@ def made_rows(*names: str, reason: str | None = None, version: str | None = "1")
         None,
         output=SCHEMA,
         class_names=CLASSES,
-        review=scoring.Thresholds(),
+        review=None,
         model_id=MODEL,
         run_id="r",
     )

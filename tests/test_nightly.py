@@ -244,7 +244,7 @@ def stage(model: str, images: Path, out: Path, count: int) -> Staging:
         None,
         output=scoring.schema(loaded.class_names),
         class_names=loaded.class_names,
-        review=scoring.Thresholds(),
+        review=None,
         model_id=loaded.model_id,
         run_id=staging.run_id,
     )

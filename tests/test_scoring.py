@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from leafnet import demo, listing, scoring, shards, storage
-from leafnet.scoring import Decoded, Thresholds
+from leafnet.review import Review
+from leafnet.scoring import Decoded
 
 CLASSES = ("healthy", "late blight", "rust")
 
@@ -43,7 +44,7 @@ def made_rows(
     reasons: list[str | None],
     logits: Any,
     novelty: Any = None,
-    review: Thresholds | None = None,
+    review: Review | None = None,
 ) -> list[dict[str, Any]]:
     photographs = pa.Table.from_pylist(
         [{"place": i, "image": f"{i}.jpg", "reason": r} for i, r in enumerate(reasons)],
@@ -55,7 +56,7 @@ def made_rows(
         None if novelty is None else np.array(novelty, np.float32),
         output=scoring.schema(CLASSES, model_id="m", run_id="r"),
         class_names=CLASSES,
-        review=review or Thresholds(),
+        review=review,
         model_id="m",
         run_id="r",
     )
@@ -175,7 +176,7 @@ def test_a_model_without_a_measure_of_novelty() -> None:
     ],
 )
 def test_review(logit: float, novelty: float, status: str, reason: str | None) -> None:
-    review = Thresholds(confidence=0.8, novelty=5.0)
+    review = Review(confidence=0.8, precision_target=0.95, novelty=5.0)
     (row,) = made_rows([None], [[logit, 0, 0]], novelty=[novelty], review=review)
     assert row["status"] == status
     assert (row["reason"] or "").startswith(reason or "")

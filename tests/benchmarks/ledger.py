@@ -149,7 +149,7 @@ def made_rows(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
         None,
         output=schema,
         class_names=CLASSES,
-        review=scoring.Thresholds(),
+        review=None,
         model_id=MODEL,
         run_id="run",
     )
