@@ -27,46 +27,49 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prepare": {"errors", "config"},
     # The network, its training and its publication.
     "backbone": {"errors", "storage"},
+    "openvino_graph": {"backbone"},
+    "novelty": set(),
+    "review": {"metrics"},
     "classifier": {"backbone"},
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
-    "bundle": {"errors", "storage", "images", "metrics", "backbone", "classifier"},
+    "bundle": {
+        *("errors", "storage", "images", "metrics"),
+        *("backbone", "openvino_graph", "novelty", "review", "classifier"),
+    },
     # What a published model does, as far as that needs no cluster.
-    "engine": {"errors", "storage", "images", "backbone", "classifier", "bundle"},
-    "novelty": {"errors", "storage", "metrics", "features", "bundle"},
-    "scoring": {*("errors", "storage", "images", "metrics", "shards", "bundle"), "novelty"},
-    "ledger": {"errors", "storage", "scoring"},
+    "engine": {"errors", "backbone", "openvino_graph", "review", "bundle"},
+    "scoring": {"errors", "storage", "images", "metrics", "shards", "review"},
     "listing": {"errors", "storage", "shards", "sources"},
+    "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
-    "report": {"errors", "storage", "images", "metrics", "plots", "scoring"},
     # Ray, from here on. Settings objects end in these modules and in `training`.
     "cluster": {
-        *("errors", "config", "images", "metrics", "shards"),
-        *("backbone", "classifier", "features", "checkpoint", "training"),
+        *("errors", "config", "images", "metrics", "storage", "shards", "backbone", "novelty"),
+        *("review", "classifier", "features", "checkpoint", "training"),
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
         *("shards", "sources", "prepare", "cluster"),
     },
     "inference": {
-        *("images", "metrics", "shards", "backbone", "classifier", "features", "bundle"),
-        *("engine", "cluster"),
+        *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
+        *("classifier", "features", "bundle", "cluster"),
     },
     # Whole jobs.
+    "search": {
+        *("errors", "config", "metrics", "storage", "terminal", "prepare", "shards", "backbone"),
+        *("classifier", "features", "checkpoint", "training", "cluster"),
+    },
     "runs": {
-        *("errors", "config", "metrics", "storage", "terminal", "plots", "shards"),
-        *("backbone", "classifier", "features", "checkpoint", "training", "bundle", "novelty"),
-        *("cluster", "inference"),
+        *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
+        *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
+        *("bundle", "cluster", "inference", "search"),
     },
     "nightly": {
-        *("errors", "config", "storage", "terminal", "backbone", "classifier", "bundle"),
-        *("engine", "novelty", "scoring", "ledger", "listing", "lock", "report"),
-        *("cluster", "inference"),
-    },
-    "search": {
-        *("errors", "config", "metrics", "storage", "terminal", "plots", "prepare", "shards"),
-        *("classifier", "features", "checkpoint", "training", "cluster", "inference"),
+        *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
+        *("engine", "scoring", "listing", "ledger", "lock", "cluster"),
     },
 }
 
