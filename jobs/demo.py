@@ -1,4 +1,7 @@
-"""The main job end to end on drawn photographs: prepare, train, evaluate. Nothing is downloaded."""
+"""The main job end to end on drawn photographs: prepare, train, evaluate, score.
+
+Nothing is downloaded.
+"""
 
 import argparse
 import shlex
@@ -12,27 +15,34 @@ from leafnet.errors import UserError
 from leafnet.terminal import say
 
 JOBS = Path(__file__).parent
+PER_CLASS, NEW_PER_CLASS = 80, 10
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all it makes")
     out: Path = parser.parse_args(argv).out
-    photographs, shards, runs = out / "photographs", out / "shards", out / "runs"
+    photographs, incoming = out / "photographs", out / "incoming"
+    shards, runs, predictions = out / "shards", out / "runs", out / "predictions"
+    model = runs / "demo" / "model"
 
-    with terminal.progress("draw", 3 * 80) as advance:
-        demo.write_photographs(photographs, advance=advance)
-    run("prepare.py", "--source", photographs, "--out", shards, "--overwrite")
+    total = len(demo.CLASS_NAMES) * (PER_CLASS + NEW_PER_CLASS)
+    with terminal.progress("draw", total) as advance:
+        demo.write_photographs(photographs, per_class=PER_CLASS, advance=advance)
+        demo.write_photographs(incoming, per_class=NEW_PER_CLASS, seed=1, advance=advance)
+    run("prepare.py", "--source", photographs, "--out", shards)
     config = JOBS / "demo.yaml"
     run("train.py", "--config", config, "--shards", shards, "--out", runs, "--name", "demo")
-    run("evaluate.py", "--model", runs / "demo" / "model", "--shards", shards, "--split", "test")
+    run("evaluate.py", "--model", model, "--shards", shards, "--split", "test")
+    run("score.py", "--model", model, "--images", incoming, "--out", predictions)
 
     say()
     say("The backbone had random weights: this was a check of the pipeline, not of accuracy.")
-    say(f"  photographs  {photographs}")
+    say(f"  photographs  {photographs} to train on, {incoming} to score")
     say(f"  shards       {shards}")
-    say(f"  model        {runs / 'demo' / 'model'}")
+    say(f"  model        {model}")
     say(f"  results      {runs / 'demo'}: metrics.json history.csv curves.png confusion.png")
+    say(f"  predictions  {predictions}: Parquet, a row for each photograph")
     say("The same with ImageNet weights, which are downloaded once:")
     say(f"  {_python()} jobs/train.py --shards {shards} --out {runs} --name imagenet")
 
