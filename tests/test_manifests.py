@@ -7,7 +7,6 @@ KUBERAY below has, from its API reference (v1, KubeRay 1.7.0), the fields that t
 
 import fnmatch
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,6 @@ REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"
 KUBERNETES = "1.33"  # the oldest that is still supported when this was written
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
-# Once jobs/score.py is here these must pass, and the mark has no effect.
-NEEDS_SCORE = re.compile(r"jobs/score|benchmarks\.ledger")
-needs_score = pytest.mark.xfail(
-    not (REPOSITORY / "jobs" / "score.py").exists(), reason="jobs/score.py is not here yet"
-)
 
 # Placeholders that an operator replaces, and what a value of that kind looks like.
 PLACEHOLDERS = {
@@ -63,16 +57,6 @@ def filled(text: str) -> str:
     for placeholder, value in PLACEHOLDERS.items():
         text = re.sub(rf"\b{placeholder}\b", value, text)
     return text
-
-
-def each(paths: Iterable[Path]) -> list[Any]:
-    """`paths` as parameters of a test; those that tell of jobs/score.py need it."""
-    return [
-        pytest.param(
-            p, marks=needs_score if NEEDS_SCORE.search(p.read_text()) else (), id=name_of(p)
-        )
-        for p in paths
-    ]
 
 
 def documents(path: Path) -> list[Any]:
@@ -312,7 +296,7 @@ def settings_of(job: str) -> type[config.Settings]:
 WITH_COMMANDS = [path for path in TEXTS if job_commands(path)]
 
 
-@pytest.mark.parametrize("path", each(WITH_COMMANDS))
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
 def test_commands_of_jobs_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     for job, arguments in job_commands(path):
@@ -337,7 +321,7 @@ PATH = re.compile(
 )
 
 
-@pytest.mark.parametrize("path", each(TEXTS))
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_paths_exist(path: Path) -> None:
     # Links in Markdown are relative to the page.
     text = path.read_text()
@@ -350,7 +334,6 @@ def test_paths_exist(path: Path) -> None:
             assert importlib.util.find_spec(found), f"{name_of(path)} runs {found}"
 
 
-@needs_score
 @pytest.mark.parametrize("page", ["README.md", "SCALING.md"])
 def test_settings_in_the_pages_exist(page: str) -> None:
     jobs = ["prepare", "train", "evaluate", "score"]
@@ -393,12 +376,11 @@ def test_runtime_env() -> None:
     for name in ("train", "score"):
         (job,) = documents(CLUSTER / "kuberay" / f"{name}.yaml")
         environments.append(yaml.safe_load(job["spec"]["runtimeEnvYAML"]))
-    of_leafnet = re.findall(r'"env_vars": {"(\w+)"', inspect.getsource(cluster))
-    assert of_leafnet
+    of_leafnet = set(cluster.SHUFFLE_ENV["env_vars"])
     for environment in environments:
         RuntimeEnv(**environment)
         # Ray refuses a job that sets a variable that its driver sets again.
-        assert not set(environment["env_vars"]) & set(of_leafnet)
+        assert not set(environment["env_vars"]) & of_leafnet
         assert not re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", " ".join(environment["env_vars"]))
 
 
