@@ -405,9 +405,6 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
                 # of the object store that is meant for pixels.
                 fn_kwargs={"chosen": ray.put(chosen), "job": job},
                 num_cpus=pool.cpus_per_decode,
-                # Ray Data's default is to try for ever, and with a photograph that makes a decoder
-                # crash its process the job would never end.
-                max_retries=10,
             )
             .map_batches(
                 _Network,

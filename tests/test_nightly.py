@@ -37,6 +37,7 @@ from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
 from leafnet.ledger import Staging
 
+COUNT = 800  # photographs of the job that is killed
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
 
 
@@ -52,9 +53,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def write_leaves(folder: Path, count: int, first: int = 0) -> None:
+    """Leaves by number; after forty, the same pictures come again."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(first, first + count):
-        (folder / f"leaf_{i:04d}.jpg").write_bytes(encoded(leaf(i), "JPEG"))
+    pictures = [encoded(leaf(i % 40), "JPEG") for i in range(first, first + min(count, 40))]
+    for i in range(count):
+        (folder / f"leaf_{first + i:04d}.jpg").write_bytes(pictures[i % len(pictures)])
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
@@ -408,50 +411,48 @@ def jobs() -> Iterator[list[Job]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: list[Job]) -> None:
     images, out, log = tmp_path / "in", tmp_path / "out", tmp_path / "log"
-    write_leaves(images, 160)
+    write_leaves(images, COUNT)
     arguments = [
         *("--model", random_model, "--images", str(images), "--out", str(out)),
-        *("--date", "2026-11-24", "--batch_size", "4", "--keep_every", "0", "--ray.cpus", "2"),
+        *("--date", "2026-11-24", "--batch-size", "2", "--keep-every", "0", "--ray.cpus", "2"),
     ]
     generator = random.Random(20261124)
     finished: dict[str, Any] = {}  # image -> when it was scored
-    life = 15.0
+    halfway = 0
+    life = 0.0  # seconds from the start to the first rows
     for i in range(10):
         parts = len(list(out.glob("_staging/*/part-*")))
-        job = Job(arguments, log)
+        job, began = Job(arguments, log), time.monotonic()
         jobs.append(job)
-        # Half of the kills come once rows are kept, when there is something to lose.
-        deadline = time.monotonic() + 60
-        while i % 2 and job.process.poll() is None and time.monotonic() < deadline:
-            if len(list(out.glob("_staging/*/part-*"))) > parts:
-                break
-            time.sleep(0.02)
-        try:
-            job.process.wait(generator.uniform(0, 0.5 if i % 2 else life))
-        except subprocess.TimeoutExpired:
-            workers = [pid for pid, command in job.pids().items() if "ray::" in command]
-            if i % 3 == 2 and workers:
-                _kill(generator.choice(workers))
-                try:
-                    job.process.wait(generator.uniform(0, 3))
-                except subprocess.TimeoutExpired:
-                    os.killpg(job.process.pid, signal.SIGKILL)
-            else:
-                os.killpg(job.process.pid, signal.SIGKILL)
+        if i % 2:
+            time.sleep(generator.uniform(0, life))
+        else:  # once rows are kept, when there is something to lose
+            while len(list(out.glob("_staging/*/part-*"))) <= parts and job.process.poll() is None:
+                assert time.monotonic() < began + 300, log.read_text()
+                time.sleep(0.01)
+            life = life or time.monotonic() - began
+            time.sleep(generator.uniform(0, 0.3))
+        workers = [pid for pid, command in job.pids().items() if "ray::" in command]
+        if i % 3 == 2 and workers:
+            _kill(generator.choice(workers))
+            time.sleep(generator.uniform(0, 1))
+        if job.process.poll() is None:
+            os.killpg(job.process.pid, signal.SIGKILL)
         job.end()
-        for path in out.glob("_staging/*/part-*"):
-            if "." not in path.name:
-                rows = pd.read_parquet(path)
-                finished |= dict(zip(rows.image, rows.scored_at, strict=True))
-    assert 0 < len(finished) < 160
+        staged = [p for p in out.glob("_staging/*/part-*") if "." not in p.name]
+        for path in staged:
+            rows = pd.read_parquet(path)
+            finished |= dict(zip(rows.image, rows.scored_at, strict=True))
+        halfway += bool(staged) and len(finished) < COUNT
+    assert halfway, "no kill came between the first rows and the last"
     job = Job(arguments, log)
     jobs.append(job)
-    assert job.process.wait(240) == 0, log.read_text()
+    assert job.process.wait(300) == 0, log.read_text()
     frame = pd.read_parquet(out)
-    assert len(frame) == 160
+    assert len(frame) == COUNT
     assert frame.image.is_unique
     assert set(frame.status) == {"ok"}
     scored_at = dict(zip(frame.image, frame.scored_at, strict=True))
