@@ -62,19 +62,39 @@ def fit(features: NDArray[np.floating]) -> Novelty:
     mean = compressed.mean(axis=0)
     centred = compressed - mean
     width = centred.shape[1]
-    kept = max(1, min(_DIRECTIONS, len(rows) // 4, width - 1))
-    covariance = centred.T @ centred / len(rows)
-    variances, directions = scipy.linalg.eigh(covariance, subset_by_index=[width - kept, width - 1])
+    total = float((centred**2).sum()) / len(rows)
     # Where all photographs are alike, rounding is what is left.
-    floor = 1e-6 * (1.0 + float(np.trace(covariance)) / width)
-    rest = (float(np.trace(covariance)) - float(variances.sum())) / (width - kept)
+    floor = 1e-6 * (1.0 + total / width)
+    variances, directions = _leading(centred, min(_DIRECTIONS, len(rows) // 4), floor=floor)
+    rest = (total - float(variances.sum())) / (width - len(variances))
     return Novelty(
         unit=unit.astype(np.float32),
         mean=mean.astype(np.float32),
         directions=directions.astype(np.float32),
-        spread=np.sqrt(np.maximum(variances, floor)).astype(np.float32),
+        spread=np.sqrt(variances).astype(np.float32),
         rest=np.sqrt(np.float32(max(rest, floor))),
     )
+
+
+def _leading(centred: Array, count: int, *, floor: float) -> tuple[Array, Array]:
+    """(variances [K], directions [D, K]) of the rows of `centred` [N, D], K <= `count` < D.
+
+    Directions of a variance under `floor` are left out, which is how K can be smaller.
+    """
+    examples, width = centred.shape
+    count = min(count, width - 1)
+    # Of the two matrices with the same eigenvalues the smaller: [D, D] takes seconds.
+    few = examples < width
+    matrix = (centred @ centred.T if few else centred.T @ centred) / examples
+    last = len(matrix) - 1
+    if count < 1:
+        return np.zeros(0, np.float32), np.zeros((width, 0), np.float32)
+    variances, vectors = scipy.linalg.eigh(matrix, subset_by_index=[last - count + 1, last])
+    kept = variances > floor
+    variances, vectors = variances[kept], vectors[:, kept]
+    if few:
+        vectors = centred.T @ vectors / np.sqrt(variances * examples)
+    return variances, vectors
 
 
 def _compress(features: NDArray[np.floating], unit: Array) -> Array:

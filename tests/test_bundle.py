@@ -1,5 +1,6 @@
 """The published model: what is saved is what is loaded, and damage is found before it is used."""
 
+import functools
 import io
 import json
 import pickle
@@ -28,6 +29,7 @@ def made_head(seed: int = 0) -> Head:
     return initial_head((8,), len(CLASSES), inputs=backbone.FEATURES, seed=seed)
 
 
+@functools.cache
 def made_novelty() -> novelty.Novelty:
     features = np.random.default_rng(0).lognormal(size=(24, backbone.FEATURES))
     return novelty.fit(features.astype(np.float32))

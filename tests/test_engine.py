@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
-from leafnet import backbone, bundle, engine, openvino_graph
+from leafnet import backbone, bundle, engine, inference, novelty, openvino_graph, runs, shards
 from leafnet.bundle import Bundle
+from leafnet.classifier import head_logits, initial_head
+from leafnet.cluster import Machines
+from leafnet.config import TrainSettings
 from leafnet.errors import UserError
+from leafnet.images import decode
 from leafnet.review import Review
+from leafnet.shards import ShardIndex
 
 SIZE = 64
 
@@ -234,3 +240,60 @@ def test_openvino_runs_without_tensorflow_and_reports_nothing_to_anybody() -> No
         [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False
     )
     assert done.stdout.endswith("seen\n"), done.stderr
+
+
+@needs_openvino
+@pytest.mark.ray
+@pytest.mark.slow
+def test_quantizing_a_data_set_tries_int8_on_every_validation_photograph(
+    local_ray: None, data_set: ShardIndex
+) -> None:
+    weights = backbone.load_weights("random").convolutions
+    head = initial_head((), 3, inputs=backbone.FEATURES, seed=0)
+    generator = np.random.default_rng(0)
+    distance = novelty.fit(generator.lognormal(size=(8, backbone.FEATURES)))
+    made = inference.quantize(
+        data_set,
+        ray.put(weights),
+        head,
+        distance,
+        image_size=32,
+        machines=Machines(gpus=0, actors=1, threads_per_actor=2, cpus_per_actor=0.5),
+    )
+    assert made.calibration_examples == data_set.examples("train")
+    (shard,) = data_set.of_split("valid")
+    tables = list(shards.row_groups(data_set.root, shard))
+    images = [image for table in tables for image in table.column("image").to_pylist()]
+    labels = [label for table in tables for label in table.column("label").to_pylist()]
+    graph = openvino_graph.read(made.int8)
+    forward = openvino_graph.compile_model(graph, precision="float32", threads=1)
+    features = forward(np.stack([decode(image, 32).pixels for image in images]))
+    predicted = head_logits(head, features).argmax(axis=1)
+    np.testing.assert_array_equal(made.outcomes.correct, predicted == labels)
+    np.testing.assert_allclose(made.outcomes.novelty, distance.distance(features), rtol=0.02)
+
+
+def settings_of(index: ShardIndex, out: Path) -> TrainSettings:
+    return TrainSettings(
+        shards=index.root, out=str(out), name="run", weights="random", image_size=32, int8=True
+    )
+
+
+def test_int8_without_the_extra_is_refused_at_once(
+    data_set: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_graph, "installed", lambda *, quantizer=False: False)
+    with pytest.raises(UserError, match=r'pip install "leafnet\[openvino\]"') as caught:
+        runs.train(settings_of(data_set, tmp_path))
+    assert caught.value.reason == "no-openvino"
+    assert not list(tmp_path.iterdir())
+
+
+@needs_openvino
+def test_int8_that_cannot_be_checked_is_refused_at_once(
+    data_set: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardIndex, "examples", lambda self, split: 0 if split == "valid" else 36)
+    with pytest.raises(UserError, match="checked on the validation split") as caught:
+        runs.train(settings_of(data_set, tmp_path))
+    assert caught.value.reason == "int8-unchecked"

@@ -240,7 +240,7 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
     online = cluster.Online(
         index.root, index.of_split("train"), weights, SIZE, "float32", augment=False, batch_size=8
     )
-    head = HeadSettings(units=(8,), epochs=5, batch_size=8)
+    head = HeadSettings(units=(8,), epochs=10, batch_size=8)
     job = HeadJob(head, index.class_names, 0, 0, {}, "", {}, 1, online)
     gathers = {
         "cached": training.cached_views(split.features, seed=0),
@@ -268,4 +268,4 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
             np.testing.assert_allclose(one, other, atol=1e-3)
     before = initial_head((8,), 3, inputs=2048, seed=0)
     moved = np.abs(np.subtract(heads["cached"][0][0], before[0][0])).max()
-    assert moved > 1e-2, "the heads have to have learned something"
+    assert moved > 5e-3, "the heads have to have learned something"
