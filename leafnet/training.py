@@ -5,6 +5,7 @@ dropout, when to save and when to stop) is a function of the seed and the positi
 summed over the workers, so that every worker makes the same number of collective steps.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -78,9 +79,13 @@ def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.
 def cached_views(features: Features, *, seed: int) -> Gather:
     """Gather from the memory map `features` [N, K, D], a random view of each example an epoch."""
 
+    # Kept for the chunks of an epoch: at 80 million examples a draw takes a second.
+    @functools.lru_cache(maxsize=1)
+    def views_of(epoch: int) -> NDArray[np.int64]:
+        return epoch_views(features.shape[0], features.shape[1], seed=seed, epoch=epoch)
+
     def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
-        views = epoch_views(features.shape[0], features.shape[1], seed=seed, epoch=epoch)
-        return features[indices, views[indices]]
+        return features[indices, views_of(epoch)[indices]]
 
     return gather
 
