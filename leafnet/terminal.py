@@ -85,7 +85,14 @@ def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callab
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=_console, transient=True) as bar:
+        # rich would take over sys.stdout and sys.stderr, and with them what Ray prints for workers.
+        with Progress(
+            *columns,
+            console=_console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar:
             task = bar.add_task(title, total=total, unit=unit)
 
             def advance(count: int) -> None:

@@ -239,6 +239,8 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
 with terminal.chatter_to(Path(argv[0])), terminal.progress("read", 4) as advance:
     for _ in range(4):
         advance(1)
+        print("a worker says", file=sys.stderr)
+        print("a worker tells")
         time.sleep(0.3)
 """
     ours, theirs = pty.openpty()
@@ -262,4 +264,8 @@ with terminal.chatter_to(Path(argv[0])), terminal.progress("read", 4) as advance
     assert "images/s" in text
     # The bar is wiped away and one line stays.
     assert text.splitlines()[-1].split("\x1b[2K")[-1].startswith("read         4 of 4 images ")
-    assert "━" not in (tmp_path / "job.log").read_text()
+    log = (tmp_path / "job.log").read_text()
+    assert "━" not in log
+    for chatter in ("a worker says", "a worker tells"):
+        assert chatter not in text
+        assert log.count(chatter) == 4
