@@ -65,8 +65,8 @@ def choose(
     """Engine and precision for what was asked, `auto` or by name.
 
     `auto` takes OpenVINO on CPUs where it is installed, and int8 where the model carries it. In
-    256-pixel images for each second of CPU (Zen 5), bfloat16 is 24 in OpenVINO and 20 in
-    TensorFlow, and int8 is 39.
+    256-pixel images for each second of CPU (Zen 5, a busy machine), bfloat16 is 23 in OpenVINO and
+    19 in TensorFlow, and int8 is 40.
 
     Args:
         engine: auto, tensorflow or openvino.

@@ -19,8 +19,8 @@ Array = NDArray[np.float32]
 
 # At most a quarter of the examples: more directions would be fitted to each of them.
 _DIRECTIONS = 256
-# Photographs that the covariance is taken of, evenly from the whole split. Ten times the features
-# are enough, and keep the fit within seconds.
+# Photographs that the covariance is taken of, evenly from the whole split: ten times the features,
+# which bounds memory and time.
 _SAMPLE = 20_000
 
 
