@@ -610,6 +610,7 @@ def _say_results(
     state: checkpoint.TrainState,
 ) -> None:
     say_scores(scores)
+    say()
     say(f"model     {storage.join(run, 'model')}   id {model_id}, of epoch {state.best_epoch}")
     say(f"also in   {run}: metrics.json history.csv curves.png confusion.png config.yaml")
     say(f"log       {storage.join(run, 'train.log')}")
@@ -618,6 +619,7 @@ def _say_results(
 
 def say_scores(scores: Mapping[str, Any]) -> None:
     """Print a table of results: a row a split, then the classes of the first split."""
+    say()
     terminal.table(
         "",
         ["split", "images", "accuracy", "95 % interval", "macro F1", "log loss", "ECE"],
@@ -635,6 +637,7 @@ def say_scores(scores: Mapping[str, Any]) -> None:
         ],
     )
     first = next(iter(scores))
+    say()
     terminal.table(
         "",
         [f"class ({first})", "images", "precision", "recall", "F1"],
