@@ -427,13 +427,16 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
         parts = len(list(out.glob("_staging/*/part-*")))
         job, began = Job(arguments, log), time.monotonic()
         jobs.append(job)
-        if i % 2:
-            time.sleep(generator.uniform(0, life))
-        else:  # once rows are kept, when there is something to lose
-            while len(list(out.glob("_staging/*/part-*"))) <= parts and job.process.poll() is None:
-                assert time.monotonic() < began + 300, log.read_text()
-                time.sleep(0.01)
-            life = life or time.monotonic() - began
+        # Half of the kills come before the job keeps rows, the others just after, when there is
+        # something to lose; none so late that the following find nothing to do.
+        moment = began + (generator.uniform(0, life) if i % 2 else 300)
+        while len(list(out.glob("_staging/*/part-*"))) <= parts and job.process.poll() is None:
+            if time.monotonic() > moment:
+                assert i % 2, log.read_text()
+                break
+            time.sleep(0.01)
+        if i % 2 == 0:
+            life = min(life or 300, time.monotonic() - began)
             time.sleep(generator.uniform(0, 0.3))
         workers = [pid for pid, command in job.pids().items() if "ray::" in command]
         if i % 3 == 2 and workers:
