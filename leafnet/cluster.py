@@ -27,7 +27,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from leafnet import backbone, checkpoint, features, novelty, review, shards, training
+from leafnet import backbone, checkpoint, features, novelty, review, shards, storage, training
 from leafnet.backbone import limit_threads
 from leafnet.classifier import Head, fold_standardisation, head_logits
 from leafnet.config import SPLITS, HeadSettings, RaySettings
@@ -357,6 +357,7 @@ def fit_head(
         else:
             posted[kind] = value
 
+    filesystem, path = storage.arrow_filesystem(storage_path)
     # A shard that was read by the driver is the same for every worker; the job is small.
     trainer = _Trainer(
         _work,
@@ -367,7 +368,8 @@ def fit_head(
         ),
         run_config=ray.train.RunConfig(
             name="head",
-            storage_path=storage_path,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

@@ -136,22 +136,22 @@ class Plan:
 
 def plan(root: str, wanted: Iterable[tuple[Shard, int]], *, seed: int) -> Plan:
     """Look at the cache folder `root` for the features of `wanted` (shard, number of views)."""
+    # One listing: a question for each shard would be a request each in an object store.
     found: dict[str, list[str]] = {}
+    for file in storage.list_files(root):
+        folder, _, name = file.url.removeprefix(f"{root}/").rpartition("/")
+        found.setdefault(folder, []).append(name)
     present: list[Part] = []
     missing: list[Part] = []
     for shard, views in wanted:
-        folder = shard.sha256[:16]
-        if folder not in found:
-            found[folder] = storage.list_names(storage.join(root, folder))
+        names = found.get(shard.sha256[:16], [])
         for group in range(len(shard.row_groups)):
             plain = Part(shard, group, 0, 1, seed)
-            (present if plain.name.split("/")[1] in found[folder] else missing).append(plain)
+            (present if plain.name.split("/")[1] in names else missing).append(plain)
             # Ranges that earlier runs left, longest first from each place; then the gap.
             pattern = re.compile(rf"g{group:04d}\.{_augmentation_key(seed)}\.v(\d+)-(\d+)\.parquet")
             ranges = [
-                (int(match[1]), int(match[2]))
-                for match in map(pattern.fullmatch, found[folder])
-                if match
+                (int(match[1]), int(match[2])) for match in map(pattern.fullmatch, names) if match
             ]
             at = 1
             while at < views:

@@ -9,7 +9,6 @@ the driver sees only their metadata.
 import hashlib
 import json
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -74,13 +73,12 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         return
     _refuse_strangers(out)
     _mark_unfinished(out)
-    log = Path(out if storage.is_local(out) else tempfile.mkdtemp(prefix="leafnet-")) / _LOG
     began = time.monotonic()
-    with terminal.chatter_to(log):
+    with terminal.log_to(out, _LOG):
         _say_listing(listing)
         with cluster.session(settings.ray, runtime_env=cluster.SHUFFLE_ENV):
             index, plan, read = _prepare(settings, listing, out)
-        _say_results(index, plan, read, time.monotonic() - began, log)
+        _say_results(index, plan, read, time.monotonic() - began)
 
 
 def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[ShardIndex, Plan, int]:
@@ -474,7 +472,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float, log: Path) -> None:
+def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float) -> None:
     splits = [split for split in SPLITS if index.examples(split)]
     rows = [
         [name, *(f"{index.counts[split][name]:,}" for split in splits)]
@@ -502,5 +500,5 @@ def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float, log: 
     size = sum(shard.bytes for shard in index.shards)
     say(f"shards      {len(index.shards):,}, {_megabytes(size)}: {index.root}")
     say(f"fingerprint {index.fingerprint[:16]}")
-    say(f"took        {terminal.duration(seconds)}, log: {log}")
+    say(f"took        {terminal.duration(seconds)}, log: {storage.join(index.root, _LOG)}")
     say(f"next        python jobs/train.py --shards {index.root} --name NAME")

@@ -6,7 +6,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +72,7 @@ def train(settings: TrainSettings) -> None:
     if started_before and _finished(run, index):
         say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
         return
-    with _log(run, "train.log"):
+    with terminal.log_to(run, "train.log"):
         say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
         _train(settings, run, index)
 
@@ -82,6 +81,7 @@ def _train(settings: TrainSettings, run: str, index: ShardIndex) -> None:
     began = time.monotonic()
     # What can be refused is refused before a machine is taken.
     weights = backbone.load_weights(settings.weights, seed=settings.seed)
+    storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
     with cluster.session(settings.ray) as nodes:
         _train_on(nodes, settings, run, index, weights, began)
 
@@ -99,7 +99,6 @@ def _train_on(
     workers, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
     precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
     batch_size = _batch_size(settings.batch_size, machines)
-    storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
     _say_plan(settings, index, machines, workers, precision, why)
     seconds["start"] = time.monotonic() - began
 
@@ -347,21 +346,6 @@ def _finished(run: str, index: ShardIndex) -> bool:
             "another --name",
         )
     return storage.exists(storage.join(run, "run.json"))
-
-
-@contextmanager
-def _log(run: str, name: str) -> Any:
-    """Chatter goes to a local file; that of a remote run is copied there at the end."""
-    if storage.is_local(run):
-        with terminal.chatter_to(Path(run) / name):
-            yield
-        return
-    path = Path(tempfile.mkdtemp(prefix="leafnet-")) / name
-    try:
-        with terminal.chatter_to(path):
-            yield
-    finally:
-        storage.write_bytes(storage.join(run, name), path.read_bytes())
 
 
 def _batch_size(wanted: int | str, machines: cluster.Machines) -> int:

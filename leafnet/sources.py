@@ -396,8 +396,7 @@ def _look_at_parquet_file(
     name: str, file: File
 ) -> tuple[list[dict[str, Any]], tuple[str, ...], dict[str | None, set[str]]]:
     """Items, names of the whole-number labels, and the labels of each split of one file."""
-    fs, path = storage.filesystem(file.url)
-    with fs.open(path, "rb") as opened:
+    with storage.open_file(file.url) as opened:
         try:
             parquet = pq.ParquetFile(opened)
         except pa.ArrowException as error:
@@ -527,6 +526,11 @@ def _file_sample(item: Mapping[str, Any]) -> Sample:
     sample = Sample(0, item["key"], item["label"], item["split"], None)
     try:
         return sample._replace(image=storage.read_bytes(item["url"]))
+    except UserError as error:
+        # A store that cannot be reached says nothing of the photograph.
+        if error.reason != "no-access":
+            raise
+        return sample._replace(reason="cannot-read", message=f"cannot read it: {_one_line(error)}")
     # Every filesystem has errors of its own, and what is wrong with one file must not end the job.
     except Exception as error:
         reason = "not-found" if isinstance(error, FileNotFoundError) else "cannot-read"
@@ -534,10 +538,9 @@ def _file_sample(item: Mapping[str, Any]) -> Sample:
 
 
 def _parquet_samples(item: Mapping[str, Any], names: Sequence[str]) -> Iterator[Sample]:
-    fs, path = storage.filesystem(item["url"])
     row = 0
     try:
-        with fs.open(path, "rb") as opened:
+        with storage.open_file(item["url"]) as opened:
             file = pq.ParquetFile(opened)
             columns = _columns(item["url"], file.schema_arrow)
             before = sum(file.metadata.row_group(i).num_rows for i in range(item["part"]))
@@ -591,10 +594,12 @@ def _sample(
 
 
 def _tar_samples(item: Mapping[str, Any], names: Sequence[str]) -> Iterator[Sample]:
-    fs, path = storage.filesystem(item["url"])
     row, seen = 0, set()
     try:
-        with fs.open(path, "rb") as opened, tarfile.open(fileobj=opened, mode="r|*") as tar:
+        with (
+            storage.open_file(item["url"]) as opened,
+            tarfile.open(fileobj=opened, mode="r|*") as tar,
+        ):
             for stem, parts in _tar_groups(tar):
                 sample = _tar_sample(row, stem, parts, item, names)
                 if sample.key in seen:

@@ -2,6 +2,9 @@
 
 Nothing is ever seen half written: a local file is written aside and renamed, an object store
 makes an object visible when its upload is complete.
+
+Keys and endpoints come from the environment of each process and never from a setting; `s3` has the
+list. What is wrong with a store, and not with one file, is a `UserError` in one line with the URL.
 """
 
 import errno
@@ -15,13 +18,24 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from leafnet.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+# Reasons of errors after which the next request would wait as long for nothing.
+UNREACHABLE = frozenset({"no-answer", "no-network"})
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
 
 
 class File(NamedTuple):
@@ -39,7 +53,21 @@ def absolute(url: str) -> str:
     """
     if is_local(url):
         return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+    _refuse_secret(url)
     return url.rstrip("/")
+
+
+def _refuse_secret(url: str) -> None:
+    """Refuse a URL with a password or a signature: URLs are logged and stored."""
+    parts = urlsplit(url)
+    query = f"&{parts.query.lower()}"
+    if parts.password is not None or any(f"&{name}" in query for name in _SIGNATURES):
+        place = f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}"
+        raise UserError(
+            "secret-in-url",
+            f"a URL at {place} holds a password or a signature, which would end up in logs; give "
+            "it without, and the keys in the environment",
+        )
 
 
 def is_local(url: str) -> bool:
@@ -62,30 +90,100 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
     """
-    protocol = "file" if is_local(url) else url.split("://", 1)[0]
+    if is_local(url):
+        return _filesystem("file", "{}", os.getpid()), absolute(url)
+    _refuse_secret(url)
+    protocol = url.split("://", 1)[0]
     try:
-        return _filesystem(protocol, os.getpid()), _strip(url)
+        fs = _filesystem(protocol, json.dumps(_options(protocol, url)), os.getpid())
+        return fs, str(fs._strip_protocol(url))
     except (ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError("unknown-protocol", f"cannot open {url}: {error}") from None
 
 
+def _options(protocol: str, url: str) -> dict[str, Any]:
+    if protocol in ("s3", "s3a"):
+        from leafnet import s3
+
+        return s3.options()
+    # Such as the host of an sftp:// URL.
+    found: dict[str, Any] = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(url)
+    return found
+
+
 @functools.lru_cache(maxsize=16)
-def _filesystem(protocol: str, pid: int) -> AbstractFileSystem:
+def _filesystem(protocol: str, options: str, pid: int) -> AbstractFileSystem:
     # One a process: an asynchronous filesystem does not survive a fork. Listings are never
     # cached, because other processes write what this one waits for.
-    return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+    kwargs = {**json.loads(options), "use_listings_cache": False, "skip_instance_cache": True}
+    if protocol in ("s3", "s3a"):
+        # Not at the top: botocore takes a second to import.
+        from leafnet import s3
+
+        return s3.Filesystem(**kwargs)
+    return fsspec.filesystem(protocol, **kwargs)
 
 
-def _strip(url: str) -> str:
+def arrow_filesystem(url: str) -> tuple["pyarrow.fs.FileSystem", str]:
+    """The filesystem of `url` for Ray Train and pyarrow, and the path in it.
+
+    It is the one of `filesystem` behind pyarrow's interface, with the same settings, retries and
+    errors. pyarrow's own S3 reads other variables than botocore, and takes others of the same
+    name differently (apache/arrow#49643).
+    """
+    import pyarrow.fs
+
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Turn what is wrong with the store of `url`, and not with one file, into a UserError.
+
+    FileNotFoundError and its kind pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        user_error = _explain(error, url)
+        if user_error is None:
+            raise
+        raise user_error from None
+
+
+def _explain(error: Exception, url: str) -> UserError | None:
+    if isinstance(error, UserError):
+        return None
+    protocol = url.split("://", 1)[0]
     if is_local(url):
-        return absolute(url)
-    return str(fsspec.utils.get_protocol(url) and fsspec.core.strip_protocol(url))
+        found = error.errno if isinstance(error, OSError) else None
+        if found in _DISK_FULL:
+            return UserError("disk-full", f"cannot write {url}: {os.strerror(found)}; make room")
+        if found in _NO_ACCESS:
+            return UserError("no-access", f"{url}: {os.strerror(found)}; give another place")
+        return None
+    if protocol in ("s3", "s3a"):
+        from leafnet import s3
+
+        return s3.explain(error, url, filesystem(url)[0].endpoint)
+    about_the_file = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    network = isinstance(error, OSError) or type(error).__module__.startswith("aiohttp")
+    if not network or isinstance(error, about_the_file):
+        return None
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError("no-network", f"cannot reach {url}: {reason}")
 
 
 def exists(url: str) -> bool:
     """True when a file or folder is at `url`."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    with _told(url):
+        return bool(fs.exists(path))
 
 
 def reach(url: str, *, flag: str) -> bool:
@@ -106,7 +204,8 @@ def reach(url: str, *, flag: str) -> bool:
 def is_folder(url: str) -> bool:
     """True when `url` is a folder, or a prefix with something below it."""
     fs, path = filesystem(url)
-    return bool(fs.isdir(path))
+    with _told(url):
+        return bool(fs.isdir(path))
 
 
 def read_bytes(url: str) -> bytes:
@@ -114,9 +213,24 @@ def read_bytes(url: str) -> bytes:
 
     Raises:
         FileNotFoundError: nothing is there.
+        UserError: the store cannot be reached, or refuses.
     """
     fs, path = filesystem(url)
-    return bytes(fs.cat_file(path))
+    with _told(url):
+        return bytes(fs.cat_file(path))
+
+
+@contextmanager
+def open_file(url: str) -> Iterator[IO[bytes]]:
+    """The file at `url`, open for reading in pieces.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UserError: the store cannot be reached, or refuses.
+    """
+    fs, path = filesystem(url)
+    with _told(url), fs.open(path, "rb") as file:
+        yield file
 
 
 def read_json(url: str) -> Any:
@@ -136,9 +250,14 @@ def read_json(url: str) -> Any:
 def write_bytes(url: str, data: bytes) -> None:
     """Write `data` to `url`, replacing what is there, in one step as readers see it."""
     fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
-        return
+    with _told(url):
+        if isinstance(fs, LocalFileSystem):
+            _write_local(path, data)
+        else:
+            fs.pipe_file(path, data)
+
+
+def _write_local(path: str, data: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -208,14 +327,16 @@ def list_files(url: str) -> list[File]:
     Hidden files and folders (`.name`) and what is being written (`*.tmp`) are left out.
     """
     fs, path = filesystem(url)
-    url, found = absolute(url), fs.find(path, detail=True)
+    with _told(url):
+        url, found = absolute(url), fs.find(path, detail=True)
     below = len(path.rstrip("/")) + 1
     # URLs keep the spelling that was asked for; `unstrip_protocol` of some filesystems changes it.
     return [
         File(join(url, name[below:]) if name[below:] else url, int(info.get("size") or 0))
         for name, info in sorted(found.items())
         if info.get("type", "file") == "file"
-        and not name.endswith(".tmp")
+        # Consoles make an object `name/` to show a folder.
+        and not name.endswith((".tmp", "/"))
         and not any(part.startswith(".") for part in name[below:].split("/"))
     ]
 
@@ -224,16 +345,25 @@ def list_names(url: str) -> list[str]:
     """Names of the files and folders directly in `url`, sorted; empty when there is none."""
     fs, path = filesystem(url)
     try:
-        return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+        with _told(url):
+            found = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return sorted(posixpath.basename(entry) for entry in found if entry != path.rstrip("/"))
 
 
 def delete(url: str) -> None:
     """Delete the file or folder at `url`, if there is one."""
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=fs.isdir(path))
+    with _told(url):
+        if fs.isdir(path):
+            found = set() if is_local(url) else set(fs.find(path))
+            fs.rm(path, recursive=True)
+            # s3fs passes over objects that it may not delete.
+            if found and found & set(fs.find(path)):
+                raise UserError("no-access", f"{url}: cannot delete all of it; give the right to")
+        elif fs.exists(path):
+            fs.rm_file(path)
 
 
 def upload_folder(folder: str | Path, url: str) -> None:
@@ -253,7 +383,8 @@ def local_copy(url: str) -> Iterator[str]:
     folder.mkdir(parents=True)
     try:
         local = folder / posixpath.basename(path)
-        fs.get_file(path, str(local))
+        with _told(url):
+            fs.get_file(path, str(local))
         yield str(local)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

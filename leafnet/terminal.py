@@ -7,11 +7,13 @@ of the real ones for what it wants to say.
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +22,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from leafnet import storage
 from leafnet.errors import UserError
 
 EXIT_DONE = 0
@@ -169,6 +172,27 @@ def chatter_to(path: Path) -> Iterator[None]:
         os.close(stderr)
         _console = before
         terminal.close()
+
+
+@contextmanager
+def log_to(folder: str, name: str) -> Iterator[None]:
+    """`chatter_to` the file `name` in `folder`; to a URL it is copied when the block ends."""
+    if storage.is_local(folder):
+        with chatter_to(Path(folder) / name):
+            yield
+        return
+    url, local = storage.join(folder, name), Path(tempfile.mkdtemp(prefix="leafnet-")) / name
+    try:
+        with chatter_to(local):
+            yield
+    except BaseException as error:
+        # It is the error that has to be told, and not that its log cannot be stored either.
+        if not (isinstance(error, UserError) and error.reason in storage.UNREACHABLE):
+            with suppress(UserError):
+                storage.write_bytes(url, local.read_bytes())
+        raise
+    storage.write_bytes(url, local.read_bytes())
+    shutil.rmtree(local.parent)
 
 
 def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
