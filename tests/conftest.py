@@ -1,6 +1,7 @@
 """What tests of several modules share."""
 
 import io
+import os
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -11,6 +12,8 @@ from leafnet import backbone, bundle, demo, shards, storage
 from leafnet.classifier import initial_head
 from leafnet.images import fingerprint
 from leafnet.shards import Shard, ShardIndex
+from tests import s3_server
+from tests.s3_server import Server
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,40 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """Drawn leaves of 64 pixels in shards: 36 to train on, 9 in each of the other splits."""
     root = str(tmp_path_factory.mktemp("data_set"))
     return write_data_set(root, {"train": 12, "valid": 3, "test": 3})
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """moto's S3 server: quick to start, and takes any key."""
+    with s3_server.moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server; what needs it is left out where it is not installed."""
+    if not s3_server.has_radosgw():
+        pytest.skip(s3_server.LEFT_OUT)
+    with s3_server.radosgw(tmp_path_factory.mktemp("radosgw")) as server:
+        yield server
+
+
+def use_server(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Set the variables of an S3 client, and nothing that this machine may have beside."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # A client has read its keys when it was made.
+    storage._filesystem.cache_clear()
+
+
+def make_bucket(name: str) -> str:
+    """The URL of a new bucket on the server that is in use."""
+    fs, _ = storage.filesystem(f"s3://{name}")
+    fs.call_s3("create_bucket", Bucket=name)
+    return f"s3://{name}"
 
 
 def leaf_jpeg(label: str, *, seed: int, size: int = 64) -> bytes:

@@ -1,17 +1,64 @@
+import ipaddress
 import json
+import pickle
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.fs
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from leafnet import storage
+from leafnet import s3, storage
 from leafnet.errors import UserError
+from tests.conftest import make_bucket, use_server
+from tests.s3_server import Proxy, Server, free_port, has_radosgw
 
 
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}"
+@pytest.fixture(params=["local", "memory", "moto", "radosgw"])
+def root(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    name = tmp_path.name.lower().replace("_", "-")
+    if request.param in ("local", "memory"):
+        yield str(tmp_path) if request.param == "local" else f"memory://{name}"
+        return
+    server: Server = request.getfixturevalue(request.param)
+    use_server(monkeypatch, server.environment())
+    yield make_bucket(name[:40].strip("-")) + "/some/where"
+    storage._filesystem.cache_clear()
+
+
+@pytest.fixture
+def bucket(
+    request: pytest.FixtureRequest, radosgw: Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A bucket on the real server, with one object."""
+    use_server(monkeypatch, radosgw.environment())
+    url = make_bucket(f"b{abs(hash(request.node.name)):x}")
+    storage.write_bytes(f"{url}/a/one", b"1")
+    yield url
+    storage._filesystem.cache_clear()
+
+
+def allow(bucket: str, principal: str, *actions: str) -> None:
+    """Let somebody else do `actions` in the bucket."""
+    fs, name = storage.filesystem(bucket)
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"AWS": [principal]},
+        "Action": [f"s3:{action}" for action in actions],
+        "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"],
+    }
+    policy = {"Version": "2012-10-17", "Statement": [statement]}
+    fs.call_s3("put_bucket_policy", Bucket=name, Policy=json.dumps(policy))
 
 
 def test_write_read_list_delete(root: str) -> None:
@@ -122,3 +169,318 @@ def test_move_in(root: str, tmp_path: Path) -> None:
         assert storage.read_bytes(url) == content
         assert not local.exists()
     assert storage.list_names(storage.join(root, "date=1")) == ["a.bin"]
+
+
+def test_markers_of_folders_are_no_files(root: str) -> None:
+    """Consoles of object stores make an empty object `name/` for a new folder."""
+    storage.write_bytes(storage.join(root, "a", "one"), b"1")
+    fs, path = storage.filesystem(root)
+    if root.startswith("s3://"):
+        fs.pipe_file(f"{path}/a/", b"")
+        fs.pipe_file(f"{path}/", b"")
+    assert [file.url for file in storage.list_files(root)] == [storage.join(root, "a", "one")]
+    assert storage.list_names(root) == ["a"]
+    assert storage.list_names(storage.join(root, "a")) == ["one"]
+    assert not storage.is_folder(storage.join(root, "a", "one"))
+    assert not storage.exists(storage.join(root, "b"))
+
+
+def test_read_in_pieces_and_by_many_threads(root: str) -> None:
+    data = [np.random.default_rng(i).bytes(i * 20_000) for i in range(16)]
+    urls = [storage.join(root, f"{i}.bin") for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(storage.write_bytes, urls, data))
+        assert list(pool.map(storage.read_bytes, urls)) == data
+    with storage.open_file(urls[-1]) as file:
+        file.seek(-10, 2)
+        assert file.read() == data[-1][-10:]
+    with pytest.raises(FileNotFoundError), storage.open_file(storage.join(root, "no")):
+        pass
+
+
+def test_the_same_files_through_pyarrow_also_in_another_process(root: str) -> None:
+    storage.write_bytes(storage.join(root, "a", "one"), b"1")
+    filesystem, path = storage.arrow_filesystem(root)
+    if not root.startswith("memory://"):
+        carried = pickle.dumps(filesystem)
+        assert b"ecret" not in carried
+        filesystem = pickle.loads(carried)
+    filesystem.create_dir(f"{path}/b")
+    with filesystem.open_output_stream(f"{path}/b/two") as file:
+        file.write(b"22")
+    assert storage.read_bytes(storage.join(root, "b", "two")) == b"22"
+    with filesystem.open_input_file(f"{path}/a/one") as file:
+        assert file.read() == b"1"
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    assert {info.path.rsplit("/", 1)[1] for info in found if info.is_file} == {"one", "two"}
+    filesystem.delete_dir(f"{path}/b")
+    assert storage.list_names(root) == ["a"]
+
+
+def everything(url: str) -> dict[str, Callable[[], Any]]:
+    """Each function of `storage` that asks the store."""
+    filesystem, path = storage.arrow_filesystem(url)
+    return {
+        "exists": lambda: storage.exists(url),
+        "is_folder": lambda: storage.is_folder(url),
+        "read": lambda: storage.read_bytes(url),
+        "open": lambda: storage.open_file(url).__enter__(),
+        "write": lambda: storage.write_bytes(url, b"1"),
+        "list": lambda: storage.list_files(url),
+        "names": lambda: storage.list_names(url),
+        "copy": lambda: storage.local_copy(url).__enter__(),
+        "delete": lambda: storage.delete(url),
+        "pyarrow": lambda: filesystem.get_file_info(path),
+    }
+
+
+MISTAKES: dict[str, tuple[dict[str, str], str]] = {
+    "wrong-keys": ({"AWS_ACCESS_KEY_ID": "nobody"}, "does not accept the keys (InvalidAccessKeyId"),
+    "wrong-keys ": ({"AWS_SECRET_ACCESS_KEY": "hushhush"}, "the keys (SignatureDoesNotMatch)"),
+    "no-keys": ({"AWS_PROFILE": "nobody"}, "the config profile (nobody) could not be found"),
+    "no-access": ({"AWS_NO_SIGN_REQUEST": "true"}, "AccessDenied"),
+    "bad-environment": ({"AWS_ENDPOINT_URL": "localhost:80"}, "AWS_ENDPOINT_URL is no URL such as"),
+    "bad-environment ": (
+        {"AWS_S3_ADDRESSING_STYLE": "dns"},
+        "set it to one of auto, path, virtual",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_function_tells_each_mistake_in_one_line(
+    mistake: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = MISTAKES[mistake]
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    storage._filesystem.cache_clear()
+    check_told(f"{bucket}/a/one", mistake.strip(), message)
+
+
+def check_told(url: str, reason: str, message: str, *, not_in: tuple[str, ...] = ()) -> None:
+    try:
+        calls = everything(url)
+    except UserError:
+        calls = {"filesystem": lambda: storage.filesystem(url)}
+    for name, call in calls.items():
+        if name in not_in:
+            continue
+        with pytest.raises(UserError) as told:
+            call()
+        assert told.value.reason == reason, (name, str(told.value))
+        assert message.lower() in str(told.value).lower(), name
+        assert "\n" not in str(told.value)
+        assert "hushhush" not in str(told.value)
+        if reason != "bad-environment":
+            assert url in str(told.value), name
+
+
+def test_no_bucket(bucket: str) -> None:
+    check_told("s3://not-there/a", "no-such-bucket", "there is no bucket not-there at http://127")
+    with pytest.raises(UserError, match="no bucket not-there"):
+        storage.exists("s3://not-there")
+
+
+def test_no_server(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    check_told(f"{bucket}/a/one", "no-network", "cannot reach http://127.0.0.1:")
+
+
+def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch, moto: Server) -> None:
+    """Connections are taken and nothing comes: all tries together end with the one limit."""
+    monkeypatch.setattr(s3, "ANSWER_S", 1.5)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        use_server(monkeypatch, moto.environment())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("read", "write", "list"):
+            began = time.monotonic()
+            with pytest.raises(UserError, match=r"s3://some/a: .* does not answer") as told:
+                everything("s3://some/a")[name]()
+            assert told.value.reason == "no-answer"
+            assert time.monotonic() - began < 4
+
+
+def test_a_clock_that_is_wrong(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "botocore.auth.get_current_datetime",
+        lambda: datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=2),
+    )
+    check_told(f"{bucket}/a/one", "clock-skew", "clock is too far from that of http://127.0.0.1")
+
+
+def test_rights_to_read_only(bucket: str, radosgw: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(bucket, "arn:aws:iam:::user/reader", "GetObject", "ListBucket")
+    use_server(monkeypatch, radosgw.environment() | radosgw.reader.environment())
+    assert storage.read_bytes(f"{bucket}/a/one") == b"1"
+    assert storage.list_names(f"{bucket}/a") == ["one"]
+    for call in (
+        lambda: storage.write_bytes(f"{bucket}/a/two", b"2"),
+        lambda: storage.delete(f"{bucket}/a/one"),
+        lambda: storage.delete(f"{bucket}/a"),
+    ):
+        with pytest.raises(UserError, match=f"{bucket}/a") as told:
+            call()
+        assert told.value.reason == "no-access"
+    assert storage.list_names(f"{bucket}/a") == ["one"]
+
+
+def test_anonymous_from_a_public_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(bucket, "*", "GetObject")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    storage._filesystem.cache_clear()
+    with pytest.raises(UserError, match="there are no S3 keys to use"):
+        storage.read_bytes(f"{bucket}/a/one")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "true")
+    assert storage.read_bytes(f"{bucket}/a/one") == b"1"
+
+
+def test_keys_and_endpoint_of_a_profile(
+    bucket: str, radosgw: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "credentials").write_text(
+        f"[leaf]\naws_access_key_id={radosgw.keys.id}\naws_secret_access_key={radosgw.keys.secret}\n"
+    )
+    (tmp_path / "config").write_text(f"[profile leaf]\nendpoint_url={radosgw.endpoint}\n")
+    use_server(
+        monkeypatch,
+        {
+            "AWS_PROFILE": "leaf",
+            "AWS_CONFIG_FILE": str(tmp_path / "config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+        },
+    )
+    assert storage.read_bytes(f"{bucket}/a/one") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "url"),
+    [
+        ({}, "http://127.0.0.1:1/bucket/a?"),
+        (
+            {"AWS_ENDPOINT_URL": "http://s3.test", "AWS_S3_ADDRESSING_STYLE": "virtual"},
+            "//bucket.s3",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://s3.test", "AWS_S3_ADDRESSING_STYLE": "path"},
+            "s3.test/bucket",
+        ),
+        ({"AWS_ENDPOINT_URL": "http://s3.test"}, "http://s3.test/bucket/a?"),
+        ({"AWS_ENDPOINT_URL_S3": "http://first.test"}, "http://first.test/bucket/a?"),
+        ({"AWS_ENDPOINT_URL": "", "AWS_REGION": "eu-west-1"}, "https://s3.eu-west-1.amazon"),
+        (
+            {"AWS_ENDPOINT_URL": "", "AWS_DEFAULT_REGION": "eu-west-3"},
+            "https://s3.eu-west-3",
+        ),
+    ],
+)
+def test_where_requests_go(
+    environment: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    use_server(monkeypatch, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"} | keys | environment)
+    fs, path = storage.filesystem("s3://bucket/a")
+    # Signed URLs for AWS name no region.
+    endpoint = fs.s3.meta.endpoint_url
+    assert url in (fs.sign(path) if environment.get("AWS_ENDPOINT_URL") != "" else endpoint)
+
+
+def test_a_certificate_of_ones_own(
+    moto: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate = tmp_path / "server.pem"
+    certificate.write_bytes(self_signed("127.0.0.1"))
+    use_server(monkeypatch, moto.environment())
+    with Proxy(moto.endpoint).running(certificate) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        with pytest.raises(UserError, match="has no certificate that is trusted"):
+            storage.exists("s3://some/a")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        storage._filesystem.cache_clear()
+        url = make_bucket("with-tls")
+        storage.write_bytes(f"{url}/a", b"1")
+        assert storage.read_bytes(f"{url}/a") == b"1"
+
+
+def self_signed(address: str) -> bytes:
+    """A key and a certificate for it, as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, address)])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private + certificate.public_bytes(pem)
+
+
+def test_through_a_proxy_that_does_harm(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503, resets before and after the server did it, bodies cut short, silence: all is right."""
+    real: Server = request.getfixturevalue("radosgw" if has_radosgw() else "moto")
+    monkeypatch.setattr(s3, "_SILENCE_S", 1)
+    use_server(monkeypatch, real.environment())
+    root = make_bucket("harm") + "/data"
+    proxy = Proxy(real.endpoint, seed=1, share=0.3, stall_s=3)
+    sizes = [0, 1, 100, 70_000, 1_000_000, *range(1000, 16_000, 500)]
+    data = {f"{i % 4}/{i}.bin": np.random.default_rng(i).bytes(n) for i, n in enumerate(sizes)}
+    with proxy.running() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        urls = [storage.join(root, name) for name in data]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(storage.write_bytes, urls, data.values()))
+            assert list(pool.map(storage.read_bytes, urls)) == list(data.values())
+            copies = list(pool.map(copied, urls[:12]))
+        assert copies == list(data.values())[:12]
+        found = storage.list_files(root)
+        assert {file.url: file.size for file in found} == {
+            url: len(content) for url, content in zip(urls, data.values(), strict=True)
+        }
+        with storage.open_file(urls[4]) as file:
+            file.seek(500_000)
+            assert file.read(1000) == data["0/4.bin"][500_000:501_000]
+        storage.delete(storage.join(root, "3"))
+        assert storage.list_names(root) == ["0", "1", "2"]
+    assert all(proxy.done[fault] for fault in Proxy.FAULTS), proxy.done
+    monkeypatch.setenv("AWS_ENDPOINT_URL", real.endpoint)
+    left = [storage.join(root, name) for name in data if not name.startswith("3/")]
+    assert [file.url for file in storage.list_files(root)] == sorted(left)
+    assert all(storage.read_bytes(url) == data[url.removeprefix(f"{root}/")] for url in left)
+
+
+def copied(url: str) -> bytes:
+    with storage.local_copy(url) as path:
+        return Path(path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hushhush@bucket/a",
+        "ftp://me:hushhush@host/a",
+        "https://bucket.s3.amazonaws.com/a?X-Amz-Expires=60&X-Amz-Signature=hushhush",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_showing_it(url: str) -> None:
+    for call in (storage.absolute, storage.filesystem):
+        with pytest.raises(UserError, match="holds a password or a signature") as told:
+            call(url)
+        assert "hushhush" not in str(told.value)
+
+
+def test_a_local_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/sys/leafnet/a: "):
+        storage.write_bytes("/sys/leafnet/a", b"1")
