@@ -68,7 +68,7 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
     out = storage.absolute(settings.out)
     prepare.check_group(settings.group)
     _refuse_nested(listing.source, out)
-    if storage.reach(out, flag="--out") and _already_prepared(settings, listing, out):
+    if storage.exists(out) and _already_prepared(settings, listing, out):
         say(f"{out} is already prepared; nothing to do")
         return
     _refuse_strangers(out)

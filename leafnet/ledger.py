@@ -96,8 +96,7 @@ def history(files: Iterable[Published], *, model_id: str, schema: pa.Schema) -> 
 
 
 def _history(file: Published, model_id: str, schema: pa.Schema) -> list[History]:
-    fs, path = storage.filesystem(file.url)
-    with fs.open(path, "rb") as opened:
+    with storage.open_file(file.url) as opened:
         try:
             parquet = pq.ParquetFile(opened)
         except pa.ArrowException as error:

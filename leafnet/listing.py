@@ -281,9 +281,8 @@ def _from_text(url: str) -> list[str]:
 
 
 def _from_parquet(url: str) -> tuple[list[str], list[str | None] | None]:
-    fs, path = storage.filesystem(url)
     try:
-        with fs.open(path, "rb") as file:
+        with storage.open_file(url) as file:
             parquet = pq.ParquetFile(file)
             names = parquet.schema_arrow.names
             column = next((name for name in _URL_COLUMNS if name in names), None)
@@ -314,9 +313,8 @@ def _of_shards(root: str) -> Listing:
     tables = []
     for shard in index.shards:
         url = storage.join(index.root, shard.name)
-        fs, path = storage.filesystem(url)
         try:
-            with fs.open(path, "rb") as file:
+            with storage.open_file(url) as file:
                 keys = pq.ParquetFile(file).read(columns=["key"])["key"].combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise UserError(

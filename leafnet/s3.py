@@ -199,7 +199,8 @@ def _endpoint() -> str | None:
 
 
 def _url(kwargs: dict[str, Any]) -> str:
-    key = kwargs.get("Key") or kwargs.get("Prefix") or ""
+    deleted = kwargs.get("Delete", {}).get("Objects") or [{}]
+    key = kwargs.get("Key") or kwargs.get("Prefix") or deleted[0].get("Key", "")
     return f"s3://{kwargs.get('Bucket', '')}/{key}".rstrip("/")
 
 

@@ -213,8 +213,7 @@ def tables(data: bytes) -> Iterator[pa.Table]:
 
 def read_columns(root: str, shard: Shard, names: Sequence[str]) -> pa.Table:
     """The columns `names` of `shard`, without reading the photographs; sha256 is not checked."""
-    fs, path = storage.filesystem(storage.join(root, shard.name))
-    with fs.open(path, "rb") as file:
+    with storage.open_file(storage.join(root, shard.name)) as file:
         return pq.read_table(file, columns=list(names))
 
 

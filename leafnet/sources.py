@@ -102,7 +102,7 @@ def look(source: str) -> Listing:
         UserError: nothing is there, or nothing that a classifier can be trained on.
     """
     source = storage.absolute(source)
-    if not storage.reach(source, flag="--source"):
+    if not storage.exists(source):
         raise UserError("no-such-folder", f"--source {source} does not exist")
     root = source if storage.is_folder(source) else posixpath.dirname(source)
     files = _list(source, root)

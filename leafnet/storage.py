@@ -35,6 +35,7 @@ UNREACHABLE = frozenset({"no-answer", "no-network"})
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CLIENTS = ("aiohttp", "google", "gcsfs", "azure", "adlfs", "paramiko")
 _SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
 
 
@@ -172,7 +173,11 @@ def _explain(error: Exception, url: str) -> UserError | None:
 
         return s3.explain(error, url, filesystem(url)[0].endpoint)
     about_the_file = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-    network = isinstance(error, OSError) or type(error).__module__.startswith("aiohttp")
+    # Every filesystem has errors of its own; what only reads a file has OSErrors without a number.
+    network = isinstance(error, ConnectionError | TimeoutError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
+    network = network or type(error).__module__.split(".")[0] in _CLIENTS
     if not network or isinstance(error, about_the_file):
         return None
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -184,21 +189,6 @@ def exists(url: str) -> bool:
     fs, path = filesystem(url)
     with _told(url):
         return bool(fs.exists(path))
-
-
-def reach(url: str, *, flag: str) -> bool:
-    """True when something is at `url`, which a person gave as `flag`.
-
-    Raises:
-        UserError: its filesystem does not answer: no network, no permission, no such account.
-    """
-    fs, path = filesystem(url)
-    try:
-        return bool(fs.exists(path))
-    # Every filesystem has errors of its own.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError("cannot-reach", f"cannot reach {flag} {url}: {reason}") from None
 
 
 def is_folder(url: str) -> bool:
@@ -274,29 +264,38 @@ def _write_local(path: str, data: bytes) -> None:
 def create_bytes(url: str, data: bytes) -> bool:
     """Write `data` to `url` if nothing is there, in one step; False when something is.
 
-    Of several processes that do so at once, one gets True. Object stores have to know
-    `If-None-Match: *` for that, as S3 does.
+    Of several processes that do so at once, one gets True, if each has other `data`. Object stores
+    have to know `If-None-Match: *` for that, as S3 does.
     """
     fs, path = filesystem(url)
-    try:
-        if not isinstance(fs, LocalFileSystem):
+    with _told(url):
+        if isinstance(fs, LocalFileSystem):
+            return _create_local(path, data)
+        try:
             fs.pipe_file(path, data, mode="create")
             return True
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        Path(aside).write_bytes(data)
+        # What s3fs makes of a refused `If-None-Match` differs with the server.
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:
+                raise
         try:
-            os.link(aside, path)
-        finally:
-            os.unlink(aside)
-        return True
+            # A try whose answer was lost may have written it, and the next one was refused.
+            return bytes(fs.cat_file(path)) == data
+        except FileNotFoundError:
+            return False
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    Path(aside).write_bytes(data)
+    try:
+        os.link(aside, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        # What s3fs makes of a refused `If-None-Match` differs with the server.
-        if error.errno == errno.EINVAL and fs.exists(path):
-            return False
-        raise
+    finally:
+        os.unlink(aside)
+    return True
 
 
 def move_in(local: str | Path, url: str) -> None:
@@ -305,14 +304,15 @@ def move_in(local: str | Path, url: str) -> None:
     A local `url` has to be on the disk of `local`, which is gone afterwards.
     """
     fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
-        fs.put_file(str(local), path)
-        Path(local).unlink()
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(local, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(local, path)
+    with _told(url):
+        if not isinstance(fs, LocalFileSystem):
+            fs.put_file(str(local), path)
+            Path(local).unlink()
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(local, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(local, path)
 
 
 def write_json(url: str, document: Any) -> None:

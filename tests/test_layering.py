@@ -16,9 +16,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "images": set(),
     "metrics": set(),
-    "storage": {"errors"},
+    "s3": {"errors"},
+    "storage": {"errors", "s3"},
     "config": {"errors", "storage"},
-    "terminal": {"errors"},
+    "terminal": {"errors", "storage"},
     "demo": {"errors"},
     "plots": {"metrics"},
     # The data set.

@@ -119,33 +119,6 @@ def test_unknown_protocol() -> None:
         storage.exists("ftpx://host/a")
 
 
-@pytest.fixture
-def fresh_filesystems() -> Iterator[None]:
-    """Filesystems take their endpoints from the environment once a process; here and not after."""
-    storage._filesystem.cache_clear()
-    yield
-    storage._filesystem.cache_clear()
-
-
-def test_a_store_that_does_not_answer(
-    fresh_filesystems: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "nothing",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="cannot reach --source s3://leaves/a: ") as caught:
-        storage.reach("s3://leaves/a", flag="--source")
-    assert caught.value.reason == "cannot-reach"
-    assert address in str(caught.value)
-
-
 def test_relative_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/") == str(tmp_path / "runs")
@@ -158,6 +131,14 @@ def test_create_only_what_is_not_there(root: str) -> None:
     assert not storage.create_bytes(url, b"second")
     assert storage.read_bytes(url) == b"first"
     assert storage.list_names(storage.join(root, "new")) == ["a.json"]
+
+
+def test_one_of_many_creates_it(root: str) -> None:
+    url = storage.join(root, "lock.json")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: storage.create_bytes(url, b"%d" % i), range(8)))
+    assert made.count(True) == 1
+    assert storage.read_bytes(url) == b"%d" % made.index(True)
 
 
 def test_move_in(root: str, tmp_path: Path) -> None:
@@ -315,11 +296,12 @@ def test_rights_to_read_only(bucket: str, radosgw: Server, monkeypatch: pytest.M
     use_server(monkeypatch, radosgw.environment() | radosgw.reader.environment())
     assert storage.read_bytes(f"{bucket}/a/one") == b"1"
     assert storage.list_names(f"{bucket}/a") == ["one"]
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: storage.write_bytes(f"{bucket}/a/two", b"2"),
         lambda: storage.delete(f"{bucket}/a/one"),
         lambda: storage.delete(f"{bucket}/a"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UserError, match=f"{bucket}/a") as told:
             call()
         assert told.value.reason == "no-access"
@@ -381,6 +363,7 @@ def test_where_requests_go(
 ) -> None:
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     use_server(monkeypatch, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"} | keys | environment)
+    fs: Any
     fs, path = storage.filesystem("s3://bucket/a")
     # Signed URLs for AWS name no region.
     endpoint = fs.s3.meta.endpoint_url
@@ -454,6 +437,11 @@ def test_through_a_proxy_that_does_harm(
             assert file.read(1000) == data["0/4.bin"][500_000:501_000]
         storage.delete(storage.join(root, "3"))
         assert storage.list_names(root) == ["0", "1", "2"]
+        # A try whose answer was lost has created it.
+        locks = [f"{root}-locks/{i}" for i in range(16)]
+        with ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(storage.create_bytes, locks, (name.encode() for name in data)))
+            assert not any(pool.map(storage.create_bytes, locks, [b"another"] * 16))
     assert all(proxy.done[fault] for fault in Proxy.FAULTS), proxy.done
     monkeypatch.setenv("AWS_ENDPOINT_URL", real.endpoint)
     left = [storage.join(root, name) for name in data if not name.startswith("3/")]
