@@ -57,6 +57,8 @@ SHUFFLE_ENV = {
     }
 }
 
+_HEAD = "head"  # Ray Train's folder in that of the run
+
 _WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 # Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
 # whether workers are done every 2 s.
@@ -361,22 +363,35 @@ def fit_head(
     # A shard that was read by the driver is the same for every worker; the job is small.
     trainer = _Trainer(
         _work,
-        train_loop_config={"job": job, "board": board.handle, "gpu": gpu},
+        train_loop_config={
+            "job": job,
+            "board": board.handle,
+            "gpu": gpu,
+            "folder": storage.join(storage_path, _HEAD),
+        },
         backend_config=_TensorflowConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus_per_worker}
         ),
         run_config=ray.train.RunConfig(
-            name="head",
+            name=_HEAD,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    with board.follow(on_event):
-        trainer.fit()
-    if "error" in posted:
+    try:
+        with board.follow(on_event):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        # Ray's own text is a stack trace; what the person can mend is what a worker said, or what
+        # Ray's controller met when it wrote beside the checkpoints.
+        cause = posted.get("error", getattr(error, "controller_failure", None))
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise
+    if "error" in posted and "result" not in posted:
         raise posted["error"]
     result: HeadResult = posted["result"]
     for split in SPLITS:
@@ -450,12 +465,15 @@ def _work(config: dict[str, Any]) -> None:
     try:
         limit_threads(_threads(), gpu=config["gpu"])
         local = local_features(job)
-        _fit_and_evaluate(job, place, local, post)
+        _fit_and_evaluate(job, place, local, post, config["folder"])
         # What is mapped stays readable for the workers of this node that still have it open.
         shutil.rmtree(local.folder, ignore_errors=True)
     except (UserError, features.DamagedParts) as error:
-        # Not raised: Ray Train would try again what fails in the same way every time.
         ray.get(post(("error", error)))
+        # Only what a store is to blame for is raised. Other workers may not have met it and wait
+        # for this one; Ray Train ends them and tries again. All else fails every time.
+        if isinstance(error, UserError) and error.reason in storage.OF_STORES:
+            raise
 
 
 def _threads() -> int:
@@ -468,6 +486,7 @@ def _fit_and_evaluate(
     place: training.Place,
     local: "LocalFeatures",
     post: Callable[[Any], Any],
+    folder_url: str,
 ) -> None:
     splits, mean, deviation = local.splits, local.mean, local.deviation
     train = splits["train"]
@@ -487,7 +506,15 @@ def _fit_and_evaluate(
             if state is not None:
                 checkpoint.save(folder, state, identity=job.identity)
                 saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"epoch": row["epoch"]}, checkpoint=saved)
+            ray.train.report({"epoch": row["epoch"]}, checkpoint=saved, checkpoint_upload_fn=upload)
+
+    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
+        # of writing (pyarrow 26): a checkpoint would count that is not there.
+        url = storage.join(folder_url, name)
+        storage.upload_folder(saved.path, url)
+        filesystem, path = storage.arrow_filesystem(url)
+        return ray.train.Checkpoint(path, filesystem)
 
     state = None
     found = ray.train.get_checkpoint()

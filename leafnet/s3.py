@@ -113,6 +113,8 @@ class Filesystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
                 raise
             raise user_error from None
 
+    call_s3 = sync_wrapper(_call_s3)  # what files that are open for writing use
+
     async def _more(self, error: Exception, method: str, kwargs: dict[str, Any]) -> Exception:
         """What the server says to a listing, where the answer to a HEAD has no body to say it."""
         found = client_error(error)

@@ -597,7 +597,7 @@ def _tar_samples(item: Mapping[str, Any], names: Sequence[str]) -> Iterator[Samp
     row, seen = 0, set()
     try:
         with (
-            storage.open_file(item["url"]) as opened,
+            storage.open_file(item["url"], stream=True) as opened,
             tarfile.open(fileobj=opened, mode="r|*") as tar,
         ):
             for stem, parts in _tar_groups(tar):

@@ -31,10 +31,14 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 # Reasons of errors after which the next request would wait as long for nothing.
-UNREACHABLE = frozenset({"no-answer", "no-network"})
+UNREACHABLE = frozenset({"no-answer", "no-network", "store-failed"})
+# Reasons of errors that one worker may meet and the others not, also in the middle of a job: a
+# network that is away, keys that expire.
+OF_STORES = UNREACHABLE | {"wrong-keys", "no-keys", "no-access", "disk-full", "no-such-bucket"}
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_AHEAD = 8_000_000  # bytes of one request of a stream
 _CLIENTS = ("aiohttp", "google", "gcsfs", "azure", "adlfs", "paramiko")
 _SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
 
@@ -211,15 +215,19 @@ def read_bytes(url: str) -> bytes:
 
 
 @contextmanager
-def open_file(url: str) -> Iterator[IO[bytes]]:
+def open_file(url: str, *, stream: bool = False) -> Iterator[IO[bytes]]:
     """The file at `url`, open for reading in pieces.
+
+    Of a remote file only what is asked for is fetched, as suits columns of Parquet; `stream`
+    fetches ahead in large pieces, for who reads from front to back.
 
     Raises:
         FileNotFoundError: nothing is there.
         UserError: the store cannot be reached, or refuses.
     """
     fs, path = filesystem(url)
-    with _told(url), fs.open(path, "rb") as file:
+    cache = "readahead" if stream else "none"
+    with _told(url), fs.open(path, "rb", block_size=_AHEAD, cache_type=cache) as file:
         yield file
 
 
