@@ -511,10 +511,12 @@ def _fit_and_evaluate(
     def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
         # of writing (pyarrow 26): a checkpoint would count that is not there.
-        url = storage.join(folder_url, name)
-        storage.upload_folder(saved.path, url)
-        filesystem, path = storage.arrow_filesystem(url)
-        return ray.train.Checkpoint(path, filesystem)
+        storage.upload_folder(saved.path, storage.join(folder_url, name))
+        # Ray Train compares filesystems, and two of the same settings are not equal.
+        managed = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            f"{managed.experiment_fs_path}/{name}", managed.storage_filesystem
+        )
 
     state = None
     found = ray.train.get_checkpoint()

@@ -376,7 +376,7 @@ def delete(url: str) -> None:
 
 def upload_folder(folder: str | Path, url: str) -> None:
     """Copy the files of the local `folder`, one level deep, to `url`."""
-    for file in sorted(Path(folder).iterdir()):
+    for file in sorted(path for path in Path(folder).iterdir() if path.is_file()):
         write_bytes(join(url, file.name), file.read_bytes())
 
 

@@ -211,7 +211,7 @@ def everything(url: str) -> dict[str, Callable[[], Any]]:
         "names": lambda: storage.list_names(url),
         "copy": lambda: storage.local_copy(url).__enter__(),
         "delete": lambda: storage.delete(url),
-        "upload": lambda: storage.upload_folder(Path(__file__).parent / "__pycache__", url),
+        "upload": lambda: storage.upload_folder(Path(__file__).parents[1] / "jobs", url),
         "pyarrow": lambda: filesystem.get_file_info(path),
     }
 
