@@ -506,7 +506,11 @@ def _fit_and_evaluate(
             if state is not None:
                 checkpoint.save(folder, state, identity=job.identity)
                 saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"epoch": row["epoch"]}, checkpoint=saved, checkpoint_upload_fn=upload)
+            ray.train.report(
+                {"epoch": row["epoch"]},
+                checkpoint=saved,
+                checkpoint_upload_fn=None if storage.is_local(folder_url) else upload,
+            )
 
     def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
