@@ -128,9 +128,12 @@ def session(
             if node["Alive"]
         ]
     except ray.exceptions.RayTaskError as error:
-        # Ray's own text is the stack trace of the task; what the person can mend is its cause.
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
+        # Ray's own text is the stack trace of the task; what the person can mend is its cause, to
+        # whose one line Ray Data adds lines on its settings.
+        cause = error.cause
+        if isinstance(cause, UserError):
+            line = str(cause).splitlines()[0]
+            raise UserError(cause.reason, line, exit_code=cause.exit_code) from None
         raise
     finally:
         if not connected:
