@@ -658,9 +658,9 @@ def _say_summary(summary: Summary, out: str) -> None:
     if rates:
         rate = rates.get("after_the_first_stack", rates["from_start_to_end"])
         say(
-            f"speed     {rate:,.1f} images/s, {summary['engine']} in {summary['precision']}; "
-            f"network {rates['network_by_a_worker']:,.1f} by each worker, decoding "
-            f"{rates['decode_by_a_task']:,.1f} by each task"
+            f"speed     {rate:,.1f} images/s, {summary['engine']} in {summary['precision']}; each "
+            f"network {rates['network_by_a_worker']:,.1f}, each decoder "
+            f"{rates['decode_by_a_task']:,.1f}"
         )
     say(f"published {summary['published']}")
     say(f"summary   {_summary_url(out, summary['run_id'])}")
