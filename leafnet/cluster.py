@@ -42,6 +42,7 @@ from leafnet.shards import Shard
 # A CPU actor computes in at most so many threads: ResNet50 gains little from more, and a node
 # with many cores is better used by several actors.
 _MAX_THREADS = 4
+_CPU_BATCH, _GPU_BATCH = 32, 256
 _POLL_S = 0.25
 _CONNECT_S = 10.0
 
@@ -193,6 +194,22 @@ def machines(nodes: list[Node], gpu: bool | Literal["auto"]) -> Machines:
     threads = max(1, min(_MAX_THREADS, int(max(node.cpus for node in nodes))))
     actors = max(1, sum(int(node.cpus) // threads for node in nodes))
     return Machines(0, actors, threads, 0.75 * threads)
+
+
+def device(gpus: int) -> str:
+    """What the network runs on, for people."""
+    return f"{gpus} GPU" if gpus else "CPU"
+
+
+def batch_size(wanted: int | Literal["auto"], *, gpus: int) -> int:
+    """Images in one pass of the network.
+
+    >>> batch_size("auto", gpus=0), batch_size("auto", gpus=1), batch_size(7, gpus=1)
+    (32, 256, 7)
+    """
+    if wanted != "auto":
+        return wanted
+    return _GPU_BATCH if gpus else _CPU_BATCH
 
 
 def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:

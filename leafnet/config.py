@@ -10,10 +10,10 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from leafnet import storage
@@ -23,6 +23,15 @@ SPLITS = ("train", "valid", "test")
 
 Url = str
 Auto = Literal["auto"]
+
+
+def _at_least_one(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"must be auto or at least 1, got {value}")
+    return value
+
+
+Count = Annotated[int | Auto, AfterValidator(_at_least_one)]
 
 
 class Settings(BaseModel):
@@ -179,7 +188,7 @@ class TrainSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
     )
-    workers: int | Auto = Field(
+    workers: Count = Field(
         "auto", description="Ray Train workers; auto: one for each GPU, or one on CPUs"
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
@@ -193,7 +202,7 @@ class TrainSettings(Settings):
     augment: bool = Field(
         True, description="flip and rotate (up to 0.2 turn) the views after the first"
     )
-    batch_size: int | Auto = Field(
+    batch_size: Count = Field(
         "auto", description="images in one pass of the backbone; auto: 32 on CPU, 256 on GPU"
     )
     precision_target: float = Field(
@@ -220,13 +229,6 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     ray: RaySettings = RaySettings()
 
-    @field_validator("workers", "batch_size")
-    @classmethod
-    def _at_least_one(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be auto or at least 1, got {value}")
-        return value
-
 
 class EvaluateSettings(Settings):
     """Settings of jobs/evaluate.py."""
@@ -243,9 +245,7 @@ class EvaluateSettings(Settings):
         "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
-    batch_size: int | Auto = Field(
-        "auto", description="images in one pass; auto: 32 on CPU, 256 on GPU"
-    )
+    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
     ray: RaySettings = RaySettings()
 
 
@@ -279,12 +279,10 @@ class ScoreSettings(Settings):
         "auto", description="of the backbone; auto: the fastest that model and processor have"
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
-    workers: int | Auto = Field(
+    workers: Count = Field(
         "auto", description="processes that hold the network; auto: from the cluster's CPUs or GPUs"
     )
-    batch_size: int | Auto = Field(
-        "auto", description="images in one pass; auto: 32 on CPU, 256 on GPU"
-    )
+    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
     cpus_per_decode: float | Auto = Field(
         "auto",
         description="share of a CPU that Ray sets aside for a task that decodes [CPUs]; auto: 0.25 "
@@ -300,13 +298,6 @@ class ScoreSettings(Settings):
         "dead, and its output is taken over [s]",
     )
     ray: RaySettings = RaySettings()
-
-    @field_validator("workers", "batch_size")
-    @classmethod
-    def _at_least_one(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be auto or at least 1, got {value}")
-        return value
 
     @field_validator("max_failed", mode="before")
     @classmethod

@@ -44,7 +44,6 @@ from leafnet.listing import Listing
 from leafnet.lock import Lock
 from leafnet.terminal import say
 
-_CPU_BATCH, _GPU_BATCH = 32, 256
 # Passes of the network in a stack, which is what goes from a decoding task to an actor.
 _BATCHES = 4
 _STACK_BYTES = 256_000_000
@@ -216,9 +215,7 @@ def _score(
         chosen_engine = _choose(settings, model, gpu=pool.gpus > 0, best_float=best_float)
         if chosen_engine.precision != best_float:
             why = chosen_engine.why
-        batch_size = settings.batch_size
-        if batch_size == "auto":
-            batch_size = _GPU_BATCH if pool.gpus else _CPU_BATCH
+        batch_size = cluster.batch_size(settings.batch_size, gpus=pool.gpus)
         job = _Job(
             image_size=model.image_size,
             stack=batch_size * _batches(batch_size, model.image_size, len(chosen), pool.actors),
@@ -230,7 +227,7 @@ def _score(
             run_id=staging.run_id,
             class_names=model.class_names,
         )
-        device = f"{pool.gpus} GPU" if pool.gpus else "CPU"
+        device = cluster.device(pool.gpus)
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
         say(f"device    {device}, {workers}, {job.engine} in {job.precision} ({why})")
         seconds["start"] = time.monotonic() - began

@@ -41,8 +41,6 @@ from leafnet.training import steps_per_epoch
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = ("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray.")
 
-_CPU_BATCH, _GPU_BATCH = 32, 256
-
 
 class _Features(NamedTuple):
     """Where the features of each split are, and what a forward pass was like."""
@@ -98,7 +96,7 @@ def _train_on(
     machines = cluster.machines(nodes, settings.gpu)
     workers, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
     precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
-    batch_size = _batch_size(settings.batch_size, machines)
+    batch_size = cluster.batch_size(settings.batch_size, gpus=machines.gpus)
     _say_plan(settings, index, machines, workers, precision, why)
     seconds["start"] = time.monotonic() - began
 
@@ -348,16 +346,6 @@ def _finished(run: str, index: ShardIndex) -> bool:
     return storage.exists(storage.join(run, "run.json"))
 
 
-def _batch_size(wanted: int | str, machines: cluster.Machines) -> int:
-    if isinstance(wanted, int):
-        return wanted
-    return _GPU_BATCH if machines.gpus else _CPU_BATCH
-
-
-def _device(machines: cluster.Machines) -> str:
-    return f"{machines.gpus} GPU" if machines.gpus else "CPU"
-
-
 def _views(settings: TrainSettings) -> int:
     # Online draws its own; without augmentation all views are the plain one.
     cached = settings.features == "cached" and settings.augment
@@ -379,7 +367,7 @@ def _say_plan(
     say(f"data      {counts} images for train/valid/test, {len(index.class_names)} classes")
     note = ": a check of the pipeline, not of accuracy" if settings.weights == "random" else ""
     say(f"backbone  ResNet50, {settings.weights} weights{note}, {settings.image_size} pixels")
-    say(f"device    {_device(machines)}, {precision} ({why})")
+    say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
     say(
         f"head      {settings.head.epochs} epochs of {steps} steps = "
         f"{settings.head.epochs * steps:,}; global batch {batch}, "
@@ -667,14 +655,14 @@ def evaluate(settings: EvaluateSettings) -> None:
             precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
             total = sum(index.examples(split) for split in splits)
             say(f"model     {model.url}   id {model.model_id}")
-            say(f"device    {_device(machines)}, {precision} ({why})")
+            say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
             with terminal.progress("evaluate", total) as advance:
                 tallies = inference.evaluate(
                     model,
                     index,
                     splits,
                     precision=precision,
-                    batch_size=_batch_size(settings.batch_size, machines),
+                    batch_size=cluster.batch_size(settings.batch_size, gpus=machines.gpus),
                     machines=machines,
                     advance=advance,
                 )

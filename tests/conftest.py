@@ -3,7 +3,9 @@
 import io
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -24,6 +26,38 @@ def local_ray() -> Iterator[None]:
 
     with cluster.session(RaySettings(cpus=2)):
         yield
+
+
+@pytest.fixture(scope="session")
+def stock() -> Any:
+    """Keras's own ResNet50 for 64 pixels whose BatchNorms do something."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg"
+    )
+    generator = np.random.default_rng(0)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights(
+                [
+                    generator.uniform(0.5, 1.0, gamma.shape),
+                    generator.normal(0, 0.1, beta.shape),
+                    generator.normal(0, 0.1, mean.shape),
+                    generator.uniform(0.5, 2.0, variance.shape),
+                ]
+            )
+    return model
+
+
+@pytest.fixture(scope="session")
+def weights_file(stock: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of `stock` in a file."""
+    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
+    stock.save_weights(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -12,37 +12,6 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def stock() -> Any:
-    """Keras's own ResNet50 whose BatchNorms do something."""
-    import keras
-
-    keras.utils.set_random_seed(0)
-    model = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(SIZE, SIZE, 3), pooling="avg"
-    )
-    generator = np.random.default_rng(0)
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            gamma, beta, mean, variance = layer.get_weights()
-            layer.set_weights(
-                [
-                    generator.uniform(0.5, 1.0, gamma.shape),
-                    generator.normal(0, 0.1, beta.shape),
-                    generator.normal(0, 0.1, mean.shape),
-                    generator.uniform(0.5, 2.0, variance.shape),
-                ]
-            )
-    return model
-
-
-@pytest.fixture(scope="module")
-def weights_file(stock: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
-    stock.save_weights(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def images() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3)).astype(np.uint8)
 

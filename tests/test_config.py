@@ -125,3 +125,15 @@ def test_split_shares(share: str) -> None:
     argv = ["--source", "a", "--out", "b", "--split", share]
     with pytest.raises(UserError, match="--split cannot be"):
         config.parse(PrepareSettings, argv, prog="p", description="")
+
+
+def test_counts_are_at_least_one_in_every_job() -> None:
+    for settings_class, names in (
+        (config.TrainSettings, ("workers", "batch_size")),
+        (config.EvaluateSettings, ("batch_size",)),
+        (config.ScoreSettings, ("workers", "batch_size")),
+    ):
+        needed = {n: "a" for n, f in config.leaves(settings_class) if f.is_required()}
+        for name in names:
+            with pytest.raises(UserError, match=f"--{name} cannot be 0: must be auto or at least"):
+                config.validate(settings_class, {**needed, name: 0})

@@ -27,32 +27,6 @@ needs_openvino = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Keras's own ResNet50 whose BatchNorms do something, in a file."""
-    import keras
-
-    keras.utils.set_random_seed(0)
-    stock = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(SIZE, SIZE, 3)
-    )
-    generator = np.random.default_rng(0)
-    for layer in stock.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            gamma, beta, mean, variance = layer.get_weights()
-            layer.set_weights(
-                [
-                    generator.uniform(0.5, 1.0, gamma.shape),
-                    generator.normal(0, 0.1, beta.shape),
-                    generator.normal(0, 0.1, mean.shape),
-                    generator.uniform(0.5, 2.0, variance.shape),
-                ]
-            )
-    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
-    stock.save_weights(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def model(weights_file: str) -> Bundle:
     return Bundle(
         url="",
