@@ -21,6 +21,7 @@ from leafnet import (
     cluster,
     config,
     features,
+    fitting,
     inference,
     metrics,
     openvino_graph,
@@ -244,7 +245,7 @@ def _check_int8(index: ShardIndex) -> None:
 
 
 def _review(
-    settings: TrainSettings, result: cluster.HeadResult
+    settings: TrainSettings, result: fitting.HeadResult
 ) -> tuple[review.Review | None, dict[str, Any]]:
     """Thresholds, and what they do to validation and test; none without a validation split."""
     if "valid" not in result.outcomes:
@@ -269,7 +270,7 @@ def _quantize(
     index: ShardIndex,
     reference: Any,
     head: Head,
-    result: cluster.HeadResult,
+    result: fitting.HeadResult,
     machines: cluster.Machines,
 ) -> tuple[openvino_graph.Int8 | None, review.Review | None, dict[str, Any]]:
     """The quantized backbone and its thresholds, None where it is refused; what is told of it."""
@@ -429,7 +430,7 @@ def _head_job(
     *,
     precision: str,
     batch_size: int,
-) -> cluster.HeadJob:
+) -> fitting.HeadJob:
     identity = _decisive(settings.model_dump(mode="json")) | {
         "data": index.fingerprint,
         "weights_fingerprint": weights.fingerprint,
@@ -437,7 +438,7 @@ def _head_job(
     }
     online = None
     if settings.features == "online":
-        online = cluster.Online(
+        online = fitting.Online(
             root=index.root,
             shards=index.of_split("train"),
             weights=reference,
@@ -446,7 +447,7 @@ def _head_job(
             augment=settings.augment,
             batch_size=batch_size,
         )
-    return cluster.HeadJob(
+    return fitting.HeadJob(
         head=settings.head,
         class_names=index.class_names,
         seed=settings.seed,
@@ -460,13 +461,13 @@ def _head_job(
 
 
 def _search(
-    job: cluster.HeadJob,
+    job: fitting.HeadJob,
     settings: TrainSettings,
     index: ShardIndex,
     nodes: list[cluster.Node],
     run: str,
     seconds: dict[str, float],
-) -> cluster.HeadJob:
+) -> fitting.HeadJob:
     """`job` with the head settings that a search found; and the accuracy over folds."""
     began = time.monotonic()
     if settings.head.search:
@@ -483,8 +484,8 @@ def _search(
 
 
 def _fit_head(
-    job: cluster.HeadJob, run: str, *, workers: int, cpus: float, gpu: bool
-) -> cluster.HeadResult:
+    job: fitting.HeadJob, run: str, *, workers: int, cpus: float, gpu: bool
+) -> fitting.HeadResult:
     best = float("inf")
     with terminal.progress("head", job.head.epochs, unit="epochs") as advance:
 
@@ -495,9 +496,9 @@ def _fit_head(
             say(_epoch_line(row, job.head.epochs) + ("   best" if is_best else ""))
             advance(1)
 
-        return cluster.fit_head(
+        return fitting.fit_head(
             job,
-            workers=workers,
+            count=workers,
             cpus_per_worker=cpus,
             gpu=gpu,
             storage_path=run,

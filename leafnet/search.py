@@ -21,6 +21,7 @@ from leafnet import (
     checkpoint,
     cluster,
     features,
+    fitting,
     metrics,
     prepare,
     shards,
@@ -29,10 +30,11 @@ from leafnet import (
     training,
 )
 from leafnet.classifier import fold_standardisation, head_logits
-from leafnet.cluster import HeadJob, LocalFeatures, Node
+from leafnet.cluster import Node
 from leafnet.config import HeadSettings
 from leafnet.errors import UserError
 from leafnet.features import SplitFeatures
+from leafnet.fitting import HeadJob, LocalFeatures
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
 from leafnet.training import Place, TrainingData
@@ -318,7 +320,7 @@ def _fit(
     number = int(config["number"])
     try:
         backbone.limit_threads(threads, gpu=False)
-        local = cluster.local_features(job)
+        local = fitting.local_features(job)
         fit = fits[number]
         if fit.held_out is None:
             _fit_trial(job, fit.head, local, report_early=number > 0)

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from leafnet import cluster, features
+from leafnet import cluster, features, fitting
 from leafnet.backbone import FEATURES
 from leafnet.checkpoint import TrainState
-from leafnet.cluster import HeadJob, HeadResult, Node
+from leafnet.cluster import Node
 from leafnet.config import SPLITS, HeadSettings
 from leafnet.errors import UserError
+from leafnet.fitting import HeadJob, HeadResult
 from leafnet.shards import Shard
 
 CLASSES = ("early_blight", "healthy", "late_blight")
@@ -97,9 +98,9 @@ def make_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HeadJob]
 
 def fit(job: HeadJob, storage_path: Path, workers: int = 1) -> tuple[HeadResult, list[Any]]:
     rows: list[dict[str, float]] = []
-    result = cluster.fit_head(
+    result = fitting.fit_head(
         job,
-        workers=workers,
+        count=workers,
         cpus_per_worker=0.5,
         gpu=False,
         storage_path=str(storage_path),

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from leafnet import (
     backbone,
-    cluster,
     features,
+    fitting,
     inference,
     ingest,
     runs,
@@ -25,10 +25,11 @@ from leafnet import (
     training,
 )
 from leafnet.classifier import initial_head
-from leafnet.cluster import HeadJob, Machines
+from leafnet.cluster import Machines
 from leafnet.config import HeadSettings, PrepareSettings, TrainSettings
 from leafnet.demo import write_photographs
 from leafnet.features import Plan
+from leafnet.fitting import HeadJob
 from leafnet.images import decode
 from leafnet.shards import ShardIndex
 from leafnet.training import Place, TrainingData
@@ -237,14 +238,14 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
     extract(index, plan)
     split = features.assemble(str(tmp_path), plan.parts, 1, path=str(tmp_path / "train.npy"))
     weights = ray.put(backbone.load_weights("random").convolutions)
-    online = cluster.Online(
+    online = fitting.Online(
         index.root, index.of_split("train"), weights, SIZE, "float32", augment=False, batch_size=8
     )
     head = HeadSettings(units=(8,), epochs=10, batch_size=8)
     job = HeadJob(head, index.class_names, 0, 0, {}, "", {}, 1, online)
     gathers = {
         "cached": training.cached_views(split.features, seed=0),
-        "online": cluster._online_views(job, online, Place(0, 1)),
+        "online": fitting._online_views(job, online, Place(0, 1)),
     }
     rows = np.random.default_rng(0).permutation(split.labels.size)
     fresh = gathers["online"](rows, 3)

@@ -46,9 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
     # Ray, from here on. Settings objects end in these modules and in `training`.
-    "cluster": {
-        *("errors", "config", "images", "metrics", "storage", "shards", "backbone", "novelty"),
-        *("review", "classifier", "features", "checkpoint", "training"),
+    "cluster": {"errors", "config", "backbone"},
+    "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
+    "fitting": {
+        *("config", "images", "metrics", "storage", "shards", "backbone", "novelty", "review"),
+        *("classifier", "features", "checkpoint", "training", "workers"),
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
@@ -61,12 +63,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Whole jobs.
     "search": {
         *("errors", "config", "metrics", "storage", "terminal", "prepare", "shards", "backbone"),
-        *("classifier", "features", "checkpoint", "training", "cluster"),
+        *("classifier", "features", "checkpoint", "training", "cluster", "fitting"),
     },
     "runs": {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
-        *("bundle", "cluster", "inference", "search"),
+        *("bundle", "cluster", "fitting", "inference", "search"),
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
@@ -74,7 +76,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 
-MAY_IMPORT_RAY = {"cluster", "ingest", "inference", "runs", "nightly", "search"}
+MAY_IMPORT_RAY = {
+    "cluster",
+    "workers",
+    "fitting",
+    "ingest",
+    "inference",
+    "runs",
+    "nightly",
+    "search",
+}
 
 MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from leafnet import features, runs, search, shards
 from leafnet.backbone import FEATURES
-from leafnet.cluster import HeadJob, Node
+from leafnet.cluster import Node
 from leafnet.config import HeadSettings, TrainSettings
 from leafnet.errors import UserError
 from leafnet.features import Part, SplitFeatures
+from leafnet.fitting import HeadJob
 from leafnet.shards import Shard, ShardIndex
 
 CLASSES = ("early_blight", "healthy", "late_blight")

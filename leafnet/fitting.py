@@ -1,0 +1,298 @@
+"""Fitting the head on Ray Train: the features on each node, checkpoints, and what comes back."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.train
+from numpy.typing import NDArray
+
+from leafnet import (
+    backbone,
+    checkpoint,
+    features,
+    novelty,
+    review,
+    shards,
+    storage,
+    training,
+    workers,
+)
+from leafnet.classifier import Head, fold_standardisation, head_logits
+from leafnet.config import SPLITS, HeadSettings
+from leafnet.features import Part, SplitFeatures
+from leafnet.images import decode
+from leafnet.metrics import Tally, empty_tally, tally
+from leafnet.novelty import Novelty
+from leafnet.review import Outcomes
+from leafnet.shards import Shard
+from leafnet.training import Place
+from leafnet.workers import Post
+
+_FOLDER = "head"  # Ray Train's folder in that of the run
+
+
+@dataclass(frozen=True)
+class HeadJob:
+    """All that a worker has to know to fit the head."""
+
+    head: HeadSettings
+    class_names: tuple[str, ...]
+    seed: int
+    save_every_s: float
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    cache_root: str  # CACHE/KEY
+    parts: dict[str, tuple[Part, ...]]  # of each split
+    views: int  # of the training split in the cache
+    online: "Online | None" = None
+
+
+@dataclass(frozen=True)
+class Online:
+    """What `features: online` needs beside the cached plain views."""
+
+    root: str  # of the shards
+    shards: tuple[Shard, ...]  # of the training split
+    weights: Any  # reference to `backbone.Weights.convolutions`
+    image_size: int
+    precision: str
+    augment: bool
+    batch_size: int
+
+
+@dataclass
+class HeadResult:
+    """What the workers made."""
+
+    state: checkpoint.TrainState
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    tallies: dict[str, Tally]  # every example of every split once, by the best head
+    novelty: Novelty
+    outcomes: dict[str, Outcomes]  # of each example of valid and test, in order, by the best head
+
+
+def fit_head(
+    job: HeadJob,
+    *,
+    count: int,
+    cpus_per_worker: float,
+    gpu: bool,
+    storage_path: str,
+    on_epoch: Callable[[dict[str, float]], None],
+) -> HeadResult:
+    """Fit the head with Ray Train, from the last checkpoint below `storage_path` if there is one.
+
+    Args:
+        job: what to fit.
+        count: of workers.
+        cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
+        gpu: a GPU for each.
+        storage_path: folder or URL of the run.
+        on_epoch: called with each row of the history.
+
+    Raises:
+        UserError: the loss is not finite, or a checkpoint belongs to other settings.
+        features.DamagedParts: the cache has to be repaired first.
+    """
+    tallies: list[dict[str, Tally]] = []
+    results: list[HeadResult] = []
+
+    def on_event(event: tuple[str, Any]) -> None:
+        kind, value = event
+        if kind == "epoch":
+            on_epoch(value)
+        elif kind == "tallies":
+            tallies.append(value)
+        else:
+            results.append(value)
+
+    workers.run(
+        _fit_and_evaluate,
+        job,
+        name=_FOLDER,
+        workers=count,
+        cpus_per_worker=cpus_per_worker,
+        gpu=gpu,
+        storage_path=storage_path,
+        on_event=on_event,
+    )
+    result = results[-1]
+    for split in SPLITS:
+        result.tallies[split] = sum(
+            (of_worker[split] for of_worker in tallies), empty_tally(len(job.class_names))
+        )
+    return result
+
+
+def _fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -> None:
+    local = local_features(job)
+    splits, mean, deviation = local.splits, local.mean, local.deviation
+    train = splits["train"]
+    gather = (
+        _online_views(job, job.online, place)
+        if job.online
+        else training.cached_views(train.features, seed=job.seed)
+    )
+
+    def report(row: dict[str, float], state: checkpoint.TrainState | None, save: bool) -> None:
+        if place.rank == 0:
+            post(("epoch", row))
+        if not save:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if state is not None:
+                checkpoint.save(folder, state, identity=job.identity)
+                saved = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(
+                {"epoch": row["epoch"]},
+                checkpoint=saved,
+                checkpoint_upload_fn=None if storage.is_local(folder_url) else upload,
+            )
+
+    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
+        # of writing (pyarrow 26): a checkpoint would count that is not there.
+        storage.upload_folder(saved.path, storage.join(folder_url, name))
+        # Ray Train compares filesystems, and two of the same settings are not equal.
+        managed = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            f"{managed.experiment_fs_path}/{name}", managed.storage_filesystem
+        )
+
+    state = None
+    found = ray.train.get_checkpoint()
+    if found is not None:
+        with found.as_directory() as folder:
+            state = checkpoint.load(folder, identity=job.identity)
+    state = training.fit_head(
+        training.TrainingData(gather, train.labels, splits["valid"], mean, deviation),
+        settings=job.head,
+        num_classes=len(job.class_names),
+        seed=job.seed,
+        place=place,
+        save_every_s=job.save_every_s,
+        report=report,
+        state=state,
+    )
+    head = fold_standardisation(state.best_head, mean=mean, deviation=deviation)
+    tallies = {}
+    for split, (of_split, labels) in splits.items():
+        tallies[split] = empty_tally(len(job.class_names))
+        start, stop = training.even_split(labels.size, place)
+        for at in range(start, stop, 8192):
+            rows = slice(at, min(at + 8192, stop))
+            tallies[split] += tally(head_logits(head, of_split[rows, 0]), labels[rows])
+    ray.get(post(("tallies", tallies)))
+    if place.rank == 0:
+        distance = novelty.fit(train.features[:, 0])
+        outcomes = {
+            split: _outcomes(splits[split], head, distance)
+            for split in ("valid", "test")
+            if splits[split].labels.size
+        }
+        ray.get(post(("result", HeadResult(state, mean, deviation, {}, distance, outcomes))))
+    # What is mapped stays readable for the workers of this node that still have it open.
+    shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
+    parts = []
+    for at in range(0, split.labels.size, 8192):
+        of_part = np.asarray(split.features[at : at + 8192, 0], np.float32)
+        parts.append(
+            review.outcomes(
+                head_logits(head, of_part), split.labels[at : at + 8192], distance.distance(of_part)
+            )
+        )
+    return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+class LocalFeatures(NamedTuple):
+    """Every split's features, memory-mapped from `folder` on this node's disk."""
+
+    folder: Path
+    splits: dict[str, SplitFeatures]
+    mean: NDArray[np.float32]  # [D] of the training features
+    deviation: NDArray[np.float32]  # [D]
+
+
+def local_features(job: HeadJob) -> LocalFeatures:
+    """The features that `job` names; all processes of a node share one copy, which stays there.
+
+    Raises:
+        features.DamagedParts: the cache has to be repaired first.
+    """
+    names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
+    digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for split in SPLITS:
+            mapped, labels = folder / f"{split}.npy", folder / f"{split}.labels.npy"
+            if labels.exists():
+                splits[split] = SplitFeatures(np.load(mapped, mmap_mode="r"), np.load(labels))
+                continue
+            views = job.views if split == "train" else 1
+            parts = job.parts[split]
+            splits[split] = features.assemble(job.cache_root, parts, views, path=str(mapped))
+            if splits[split].labels.size:
+                _save(labels, splits[split].labels)
+        statistics = folder / "statistics.npy"
+        if not statistics.exists():
+            _save(
+                statistics,
+                np.stack(features.statistics(features.moments(splits["train"].features))),
+            )
+    mean, deviation = np.load(statistics)
+    return LocalFeatures(folder, splits, mean, deviation)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    aside = path.with_name("partial.npy")
+    np.save(aside, array)
+    os.replace(aside, path)
+
+
+def _online_views(job: HeadJob, online: Online, place: Place) -> training.Gather:
+    """Gather that draws a fresh view of each photograph in each epoch and runs the backbone.
+
+    Every worker keeps the encoded photographs of the training split in memory.
+    """
+    tables = [
+        table.select(["key", "image"])
+        for shard in online.shards
+        for table in shards.row_groups(online.root, shard)
+    ]
+    keys = [key for table in tables for key in table.column("key").to_pylist()]
+    images = [image for table in tables for image in table.column("image").to_pylist()]
+    weights = ray.get(online.weights)
+    network = backbone.build(weights, image_size=online.image_size, precision=online.precision)
+
+    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
+        out = np.empty((indices.size, backbone.FEATURES), np.float32)
+        for start in range(0, indices.size, online.batch_size):
+            rows = indices[start : start + online.batch_size]
+            stack = np.zeros((online.batch_size, online.image_size, online.image_size, 3), np.uint8)
+            for i, row in enumerate(rows):
+                stack[i] = features.draw_view(
+                    decode(images[row], online.image_size).pixels,
+                    key=keys[row],
+                    number=epoch + 1 if online.augment else 0,
+                    seed=job.seed,
+                )
+            out[start : start + rows.size] = network.predict_on_batch(stack)[: rows.size]
+        return out
+
+    return gather
