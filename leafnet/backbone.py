@@ -228,11 +228,15 @@ def build(
     maps_in = keras.Input((image_size, image_size, 3), dtype=precision)
     folded = keras.Model(maps_in, _layers(maps_in, precision), name="resnet50")
     for name, (kernel, bias) in weights.items():
-        folded.get_layer(name).set_weights([kernel, bias])
+        # The weights are for BGR. To turn their channels round once is exact, and spares turning
+        # every photograph's, which took 5 % of the forward pass on two cores.
+        folded.get_layer(name).set_weights(
+            [kernel[:, :, ::-1] if name == "conv1_conv" else kernel, bias]
+        )
 
     images = keras.Input((image_size, image_size, 3), dtype="float32", name="rgb")
-    bgr = images[..., ::-1] - np.array(MEAN_BGR, np.float32)
-    maps = folded(keras.ops.cast(bgr, precision))
+    centred = images - np.array(MEAN_BGR[::-1], np.float32)
+    maps = folded(keras.ops.cast(centred, precision))
     features = keras.ops.mean(keras.ops.cast(maps, "float32"), axis=(1, 2))
     model = keras.Model(images, features, name="backbone")
     model.trainable = False
