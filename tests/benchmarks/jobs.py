@@ -12,21 +12,20 @@ from tests.benchmarks import forward
 from tests.benchmarks.rows import Bench, Line, Row, epochs, read, run, train
 
 EPOCHS = 50
+LOOP_S = 20.0
 
 
 def whole_jobs(bench: Bench) -> list[Row]:
     """(b) and (c): jobs/train.py from launch to exit on a cold cache, and the article's script."""
     views = {8: _cold(bench, 8), 1: _cold(bench, 1)}
     found = [row for count in views for row in _floor(bench, count, views[count])]
-    for preprocess in ("article", "resnet50"):
-        seconds, accuracy, how = _article(bench, preprocess)
-        peer = f"article's script, pixels as in {preprocess}"
-        note = f"{how}; test accuracy {accuracy:.3f}"
-        found.append(Row("b", peer, seconds, "s", 1.0, peer, note))
-        for count, lines in views.items():
-            taken, note = lines[-1].seconds, f"test accuracy {_accuracy(bench, count):.3f}"
-            what = f"jobs/train.py, views {count}"
-            found.append(Row("b", what, taken, "s", seconds / taken, peer, note))
+    seconds, accuracy, how = _article(bench)
+    peer = "article's script"
+    found.append(Row("b", peer, seconds, "s", 1.0, peer, f"{how}; test accuracy {accuracy:.3f}"))
+    for count, lines in views.items():
+        taken, note = lines[-1].seconds, f"test accuracy {_accuracy(bench, count):.3f}"
+        what = f"jobs/train.py, views {count}"
+        found.append(Row("b", what, taken, "s", seconds / taken, peer, note))
     return sorted(found, key=lambda row: row.family)
 
 
@@ -40,11 +39,15 @@ def _accuracy(bench: Bench, views: int) -> float:
     return float(metrics["test"]["accuracy"])
 
 
-def _article(bench: Bench, preprocess: str) -> tuple[float, float, str]:
-    """(seconds of 50 epochs, test accuracy, how they were found)."""
+def _article(bench: Bench) -> tuple[float, float, str]:
+    """(seconds of 50 epochs, test accuracy, how they were found).
+
+    With the pixels that the weights were trained on: the article's own scaling costs the same time
+    and accuracy.
+    """
     ran = bench.article_epochs
     script = [sys.executable, "-m", "tests.benchmarks.article", str(bench.data)]
-    flags = {"epochs": ran, "weights": bench.weights, "preprocess": preprocess, "seed": bench.seed}
+    flags = {"epochs": ran, "weights": bench.weights, "preprocess": "resnet50", "seed": bench.seed}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     lines = run(bench.work, [*script, *words])
     told = [json.loads(line.text) for line in lines[:-1] if line.text.startswith("{")]
@@ -84,12 +87,11 @@ def _bare_rate(bench: Bench, precision: str) -> float:
         images = np.zeros(shape, np.uint8)
         network = forward.folded(bench, precision)
         network(images)
-        seconds = []
-        for _ in range(12):
-            began = time.perf_counter()
+        began, passes = time.perf_counter(), 0
+        while time.perf_counter() - began < LOOP_S:
             network(images)
-            seconds.append(time.perf_counter() - began)
-        _rates[precision] = forward.BATCH / min(seconds)
+            passes += 1
+        _rates[precision] = forward.BATCH * passes / (time.perf_counter() - began)
     return _rates[precision]
 
 
