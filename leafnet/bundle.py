@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet import backbone, storage
+from leafnet import backbone, registry, storage
 from leafnet.backbone import Array, choose_precision
 from leafnet.classifier import Head, head_logits
 from leafnet.errors import UserError
@@ -249,6 +249,9 @@ def _described(data: bytes, suffix: str) -> dict[str, Any]:
 def load(url: str) -> Bundle:
     """The model published at the folder `url`. Needs no Ray; Keras is imported at first use.
 
+    Of an alias, REGISTRY/champion, it is the model that it names at this moment: who holds the
+    bundle keeps it, whatever the alias names later.
+
     Raises:
         UserError: no model is there, it is of another version, or a file of it is damaged.
     """
@@ -257,6 +260,9 @@ def load(url: str) -> Bundle:
     try:
         description = storage.read_json(pointer)
     except (FileNotFoundError, NotADirectoryError):
+        named = registry.resolve(url)
+        if named is not None:
+            return load(named)
         raise UserError(
             "no-model", f"{pointer} does not exist; train a model with jobs/train.py"
         ) from None

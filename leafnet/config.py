@@ -7,13 +7,22 @@ and a value that cannot be are refused by name, before any machine is taken.
 import argparse
 import datetime
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from leafnet import storage
@@ -233,7 +242,7 @@ class TrainSettings(Settings):
 class EvaluateSettings(Settings):
     """Settings of jobs/evaluate.py."""
 
-    model: Url = Field(description="a published model, runs/NAME/model")
+    model: Url = Field(description="a published model, runs/NAME/model or REGISTRY/champion")
     shards: Url = Field(description="data set that jobs/prepare.py wrote")
     split: Literal["train", "valid", "test", "all"] = Field(
         "test", description="what to evaluate on"
@@ -252,7 +261,7 @@ class EvaluateSettings(Settings):
 class ScoreSettings(Settings):
     """Settings of jobs/score.py."""
 
-    model: Url = Field(description="a published model, runs/NAME/model")
+    model: Url = Field(description="a published model, runs/NAME/model or REGISTRY/champion")
     images: Url = Field(
         description="photographs: a folder, a prefix, a glob, a list of URLs (.txt, or .parquet "
         "with a column image), or a data set that jobs/prepare.py wrote"
@@ -319,6 +328,175 @@ class ScoreSettings(Settings):
         if isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() != value:
             raise ValueError(f"must be written YYYY-MM-DD, got {value}")
         return value
+
+
+class PromoteSettings(Settings):
+    """Settings of jobs/promote.py."""
+
+    registry: Url = Field(description="folder or URL of models, history and champion")
+    candidate: Url | None = Field(
+        None, description="a published model, runs/NAME/model; required unless --rollback"
+    )
+    shards: Url | None = Field(
+        None,
+        description="data set that jobs/prepare.py wrote, on whose test split both models are "
+        "evaluated; required unless --rollback",
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="not worse: the 95 % interval of the difference in accuracy, candidate less "
+        "champion, lies above minus this [points]",
+    )
+    min_recall: float = Field(
+        0.5, ge=0, le=1, description="recall that the candidate needs in every class [share]"
+    )
+    recall: tuple[str, ...] = Field(
+        (),
+        description="recall that it needs in some classes in place of that, such as "
+        "late_blight=0.9,healthy=0.8 [share]",
+    )
+    max_ece_rise: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="the candidate's calibration error (ECE) may be so much above the champion's "
+        "[share]",
+    )
+    tie: Literal["keep", "promote"] = Field(
+        "keep",
+        description="which of the two is champion when the candidate is not worse, but no better: "
+        "its accuracy is at most the champion's",
+    )
+    resamples: int = Field(
+        10_000, ge=100, description="paired bootstrap of the interval [resamples]"
+    )
+    seed: int = Field(0, ge=0, description="seed of the bootstrap")
+    rollback: bool = Field(False, description="make the champion before this one champion again")
+    dry_run: bool = Field(False, description="evaluate and tell, and write nothing")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
+    )
+    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and the registry is taken over [s]",
+    )
+    ray: RaySettings = RaySettings()
+
+    @field_validator("recall")
+    @classmethod
+    def _floors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            _, equals, share = text.rpartition("=")
+            if not equals or not re.fullmatch(r"[01]|0?\.\d+|1\.0+", share):
+                raise ValueError(f"must be CLASS=SHARE with a share from 0 to 1, got {text}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "PromoteSettings":
+        if not self.rollback and (self.candidate is None or self.shards is None):
+            raise ValueError("give --candidate MODEL and --shards DATA, or --rollback")
+        if self.rollback and self.candidate is not None:
+            raise ValueError("--rollback takes no --candidate; give one of the two")
+        return self
+
+
+class ExportSettings(Settings):
+    """Settings of jobs/export.py."""
+
+    model: Url = Field(description="a published model, runs/NAME/model or REGISTRY/champion")
+    to: Literal["tf_saved_model", "onnx", "openvino", "litert"] = Field(description="format")
+    out: Url = Field(
+        description="file or URL to write: .onnx, .xml (openvino; a .bin beside it), .tflite; of "
+        "tf_saved_model a folder"
+    )
+    shards: Url | None = Field(
+        None,
+        description="data set whose test split (valid or train where that is empty) the export is "
+        "checked on; none: drawn leaves",
+    )
+    count: int = Field(
+        200, ge=1, description="photographs on which export and model are compared [photographs]"
+    )
+    max_changed: float = Field(
+        0.5,
+        ge=0,
+        le=100,
+        description="the export is refused when it gives more of them another label than the "
+        "model does [%]",
+    )
+    overwrite: bool = Field(False, description="replace what is at --out")
+
+
+class ReviewSettings(Settings):
+    """Settings of jobs/review.py."""
+
+    out: Url = Field(
+        description="folder or URL to write: of photographs and tasks, or with --answers of shards"
+    )
+    predictions: Url | None = Field(None, description="what jobs/score.py wrote as --out")
+    date: tuple[str, ...] = Field(
+        (), description="nights to choose from [YYYY-MM-DD,…]; none: the newest"
+    )
+    count: int = Field(50, ge=1, description="photographs to label [photographs]")
+    pool: int = Field(
+        3,
+        ge=1,
+        description="photographs among which diverse ones are chosen, the most uncertain and the "
+        "most novel [multiples of --count]",
+    )
+    model: Url | None = Field(
+        None,
+        description="the model that scored the nights, for its features; none: the one that the "
+        "summary of the newest night names",
+    )
+    image_prefix: str | None = Field(
+        None,
+        description="what a labelling tool puts before the name of a photograph to show it; none: "
+        "Label Studio's local files below the folder of --out, or the URL of --out",
+    )
+    answers: Url | None = Field(
+        None,
+        description="labels to take back: Label Studio's export as JSON or JSON-MIN, or a CSV "
+        "with the columns key and label",
+    )
+    photographs: Url | None = Field(
+        None,
+        description="folder that this job wrote and --answers is of; none: the one it names, or of "
+        "a CSV the one it lies in",
+    )
+    base: Url | None = Field(
+        None,
+        description="data set to which the answers are added as training examples; its own "
+        "examples keep their splits; none: the answers alone",
+    )
+    split: str = Field(
+        "80/10/10",
+        pattern=r"^\d+/\d+/\d+$",
+        description="shares of train/valid/test [%] of answers alone",
+    )
+    ray: RaySettings = RaySettings()
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _are_days(cls, value: Any) -> Any:
+        days = value if isinstance(value, list | tuple) else [value]
+        days = [day.isoformat() if isinstance(day, datetime.date) else str(day) for day in days]
+        for day in days:
+            if datetime.date.fromisoformat(day).isoformat() != day:
+                raise ValueError(f"must be written YYYY-MM-DD, got {day}")
+        return tuple(days)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "ReviewSettings":
+        if (self.predictions is None) == (self.answers is None):
+            raise ValueError("give --predictions OUT to choose photographs, or --answers FILE")
+        return self
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -494,6 +672,8 @@ def _explain(
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     given = ".".join(str(part) for part in first["loc"])
     place = f" in {where}" if where else ""
+    if not first["loc"]:  # of several settings together
+        return UserError("bad-settings", first["msg"].removeprefix("Value error, ") + place)
     if first["type"] == "extra_forbidden":
         return _unknown("setting", given, names + sorted(sections), place=place)
     # A union reports a place inside itself, such as `workers.int`.

@@ -5,6 +5,7 @@ from typing import Any
 EXIT_USER_ERROR = 2
 EXIT_IN_USE = 3
 EXIT_TOO_MANY_FAILED = 4
+EXIT_WORSE = 5
 
 
 class UserError(ValueError):

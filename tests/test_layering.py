@@ -28,15 +28,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prepare": {"errors", "config"},
     # The network, its training and its publication.
     "backbone": {"errors", "storage"},
-    "openvino_graph": {"backbone"},
+    "classifier": {"backbone"},
+    "openvino_graph": {"backbone", "classifier"},
+    "onnx_graph": {"backbone", "classifier"},
     "novelty": set(),
     "review": {"metrics"},
-    "classifier": {"backbone"},
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
+    "registry": {"errors", "storage"},
     "bundle": {
-        *("errors", "storage", "images", "metrics"),
+        *("errors", "storage", "images", "metrics", "registry"),
         *("backbone", "openvino_graph", "novelty", "review", "classifier"),
     },
     # What a published model does, as far as that needs no cluster.
@@ -45,6 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"errors", "storage", "shards", "sources"},
     "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
+    "comparison": {"metrics"},
+    "export": {
+        *("errors", "config", "storage", "terminal", "images", "metrics", "demo", "shards"),
+        *("classifier", "openvino_graph", "onnx_graph", "bundle"),
+    },
+    "selection": set(),
+    "labelstudio": {"errors", "storage"},
     # Ray, from here on. Settings objects end in these modules and in `training`.
     "cluster": {"errors", "config", "backbone"},
     "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
@@ -60,6 +69,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
         *("classifier", "features", "bundle", "cluster"),
     },
+    "answers": {
+        *("errors", "config", "storage", "terminal", "shards", "sources", "labelstudio"),
+        "ingest",
+    },
+    "labelling": {
+        *("errors", "config", "images", "storage", "terminal", "bundle", "engine", "ledger"),
+        *("selection", "labelstudio", "answers"),
+    },
+    "side_by_side": {"shards", "backbone", "classifier", "bundle", "cluster", "inference"},
     # Whole jobs.
     "search": {
         *("errors", "config", "metrics", "storage", "terminal", "prepare", "shards", "backbone"),
@@ -69,6 +87,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
         *("bundle", "cluster", "fitting", "inference", "search"),
+    },
+    "promotion": {
+        *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
+        *("comparison", "cluster", "side_by_side"),
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
@@ -83,6 +105,8 @@ MAY_IMPORT_RAY = {
     "ingest",
     "inference",
     "runs",
+    "side_by_side",
+    "promotion",
     "nightly",
     "search",
 }
