@@ -230,3 +230,16 @@ def duplicates(root: str) -> list[tuple[str, str]]:
         return []
     table = pq.read_table(pa.BufferReader(data), columns=["key_a", "key_b"])
     return list(zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True))
+
+
+def split_fingerprint(index: ShardIndex, split: str) -> str:
+    """Sha256 over the photographs of `split` and their classes.
+
+    It is the same wherever they lie, in whatever order and shards, and under whatever keys.
+    """
+    rows = []
+    for shard in index.of_split(split):
+        table = read_columns(index.root, shard, ["sha256", "label"])
+        for digest, label in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            rows.append(f"{digest} {index.class_names[label]}\n")
+    return hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
