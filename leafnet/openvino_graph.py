@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leafnet.backbone import FEATURES, MEAN_BGR, Array
+from leafnet.classifier import Head
 
 if TYPE_CHECKING:
     import openvino
@@ -95,6 +96,31 @@ def build(convolutions: dict[str, tuple[Array, Array]], *, image_size: int) -> "
     return openvino.Model([ops.result(features)], [images], "backbone")
 
 
+def classifier(
+    convolutions: dict[str, tuple[Array, Array]], head: Head, *, image_size: int
+) -> "openvino.Model":
+    """Backbone, head and softmax: RGB [B, S, S, 3] uint8 -> probabilities [B, C] float32, any B.
+
+    Args:
+        convolutions: folded weights, as `backbone.Weights.convolutions`.
+        head: on raw features.
+        image_size: S, pixels.
+    """
+    backbone = build(convolutions, image_size=image_size)
+    import openvino
+    from openvino import opset13 as ops
+
+    x = backbone.outputs[0].get_node().input_value(0)
+    for i, (kernel, bias) in enumerate(head):
+        x = ops.add(ops.matmul(x, ops.constant(kernel), False, False), ops.constant(bias[None]))
+        x = x if i == len(head) - 1 else ops.relu(x)
+    probabilities = ops.softmax(x, 1)
+    probabilities.output(0).set_names({"probabilities"})
+    model = openvino.Model([ops.result(probabilities)], backbone.get_parameters(), "leafnet")
+    model.input(0).set_names({"image"})
+    return model
+
+
 def quantize(model: "openvino.Model", photographs: Sequence[Pixels]) -> Int8:
     """`model` with weights and activations of 8 bits, by NNCF's post-training quantization.
 
@@ -132,6 +158,23 @@ def read(int8: Int8) -> "openvino.Model":
     import openvino
 
     return openvino.Core().read_model(model=int8.xml, weights=int8.weights)
+
+
+def save(model: "openvino.Model", path: Path) -> None:
+    """Write `model` as the file `path` (.xml) and its weights in float32 beside it (.bin)."""
+    _quiet_import()
+    import openvino
+
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def open_classifier(path: Path) -> Callable[[Pixels], Array]:
+    """What `save` wrote of a `classifier`: RGB [B, S, S, 3] uint8 to probabilities [B, C]."""
+    _quiet_import()
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda pixels: np.array(compiled([pixels])[0], np.float32)
 
 
 def compile_model(
