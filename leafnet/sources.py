@@ -57,6 +57,8 @@ SIDECAR_SUFFIXES = (
     *(".html", ".ini", ".db", ".log", ".cls"),
 )
 _NO_CLASS = frozenset({"__MACOSX"})
+# Of a Parquet file whose column `key` names each example: leafnet's own, which knows it is unique.
+WITH_KEYS = {"leafnet": "examples with keys"}
 _FOOTER_THREADS = 16
 
 
@@ -455,9 +457,10 @@ def _columns(url: str, schema: pa.Schema) -> dict[str, str]:
             f"{url} is not in the Hugging Face image layout: expected the columns image "
             f"(struct of bytes and path) and label, found {', '.join(schema.names)}",
         )
-    return {"image": "image", "label": label} | (
-        {"split": "split"} if "split" in schema.names else {}
-    )
+    optional = ["split"] if "split" in schema.names else []
+    if (schema.metadata or {}).get(b"leafnet") == WITH_KEYS["leafnet"].encode():
+        optional.append("key")
+    return {"image": "image", "label": label} | {name: name for name in optional}
 
 
 def _class_label_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
@@ -570,6 +573,7 @@ def _parquet_sample(
     if "split" in columns:
         split = _SPLIT_NAMES[str(values["split"]).lower()]
     key = f"{key}/{told}" if told else key
+    key = values["key"] if "key" in columns else key
     return _sample(row, key, _label_text(given, names), split, image.get("bytes"), given)
 
 

@@ -78,7 +78,9 @@ def test_no_cluster_at_the_address(data_set: ShardIndex, tmp_path: Path) -> None
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["prepare.py", "train.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    "name", [*("prepare.py", "train.py", "evaluate.py"), *("promote.py", "export.py", "review.py")]
+)
 def test_help_names_every_setting_and_ends_with_examples(name: str) -> None:
     done = run(job(name, "--help"))
     assert done.returncode == 0

@@ -1,0 +1,30 @@
+"""Write the photographs most worth a label for people to label, and take the answers back."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, terminal
+
+EXAMPLES = """\
+  python jobs/review.py --predictions predictions --count 50 --out review-1
+  python jobs/review.py --answers export.json --base data/shards --out data/shards-2
+  python jobs/review.py --answers review-1/index.csv --base data/shards --out data/shards-2
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.ReviewSettings,
+        argv,
+        prog="jobs/review.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    # After the settings are known to be right: Ray takes seconds to import.
+    from leafnet import labelling
+
+    labelling.run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))
