@@ -342,13 +342,21 @@ def parse(
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
     flags = vars(known)
     if unknown:
-        names = [name for name, _ in leaves(settings_class)] + ["config", "help"]
+        names = [name for name, _ in leaves(settings_class)] + ["config", "help", *_OUTPUT]
         raise _unknown("flag", unknown[0].split("=")[0], names, prefix="--")
     config = flags.pop("config", None)
+    for name in _OUTPUT:
+        flags.pop(name, None)
     values: dict[str, Any] = _read_yaml(config) if config else {}
     for name, text in flags.items():
         _put(values, name, _from_text(text, dict(leaves(settings_class))[name]))
     return validate(settings_class, values, where=config)
+
+# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
+_OUTPUT = {
+    "verbose": "show what goes to the log on stderr as well",
+    "json": "write one JSON object a line to stdout, for machines",
+}
 
 
 def validate(
@@ -397,6 +405,8 @@ def _parser(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file or URL with settings")
+    for name, what in _OUTPUT.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     for name, field in leaves(settings_class):
         default = "required" if field.is_required() else f"default: {_shown(field.default)}"
         parser.add_argument(
