@@ -92,6 +92,12 @@ class PrepareSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of split and order")
     overwrite: bool = Field(False, description="replace the data set at --out")
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and its output is taken over [s]",
+    )
     ray: RaySettings = RaySettings()
 
     @field_validator("split")
@@ -223,6 +229,16 @@ class TrainSettings(Settings):
         ge=2,
         description="also give the accuracy over so many folds of train and valid [folds]; "
         "none: do not",
+    )
+    dry_run: bool = Field(
+        False,
+        description="check everything and print the plan, in seconds; train nothing, leave nothing",
+    )
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and its output is taken over [s]",
     )
     head: HeadSettings = HeadSettings()
     cache: CacheSettings = CacheSettings()

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "s3"},
     "config": {"errors", "storage"},
     "terminal": {"errors", "storage"},
+    "machine": set(),
     "demo": {"errors"},
     "plots": {"metrics"},
     # The data set.
@@ -35,13 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
+    "plan": {"backbone", "features", "training"},
     "bundle": {
         *("errors", "storage", "images", "metrics"),
         *("backbone", "openvino_graph", "novelty", "review", "classifier"),
     },
     # What a published model does, as far as that needs no cluster.
     "engine": {"errors", "backbone", "openvino_graph", "review", "bundle"},
-    "scoring": {"errors", "storage", "images", "metrics", "shards", "review"},
+    "apart": {"errors", "images"},
+    "scoring": {"errors", "storage", "images", "metrics", "apart", "shards", "review"},
     "listing": {"errors", "storage", "shards", "sources"},
     "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
@@ -54,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
-        *("shards", "sources", "prepare", "cluster"),
+        *("shards", "sources", "prepare", "lock", "cluster"),
     },
     "inference": {
         *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
@@ -65,14 +68,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "prepare", "shards", "backbone"),
         *("classifier", "features", "checkpoint", "training", "cluster", "fitting"),
     },
+    "rehearsal": {
+        *("errors", "config", "storage", "terminal", "machine", "shards", "backbone", "features"),
+        *("plan", "cluster"),
+    },
+    "doctor": {
+        *("errors", "config", "storage", "terminal", "machine", "backbone", "openvino_graph"),
+        "cluster",
+    },
     "runs": {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
-        *("bundle", "cluster", "fitting", "inference", "search"),
+        *("bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
-        *("engine", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
     },
 }
 
@@ -85,6 +96,8 @@ MAY_IMPORT_RAY = {
     "runs",
     "nightly",
     "search",
+    "rehearsal",
+    "doctor",
 }
 
 MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")
