@@ -30,12 +30,15 @@ from leafnet import (
     lock,
     nightly,
     scoring,
+    storage,
     terminal,
 )
 from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
 from leafnet.ledger import Staging
+from tests.conftest import make_bucket, use_server, write_deadly_decoder
+from tests.s3_server import Proxy, Server
 
 COUNT = 800  # photographs of the job that is killed
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
@@ -363,12 +366,13 @@ def test_a_job_ends_with_the_code_of_its_error() -> None:
 class Job:
     """jobs/score.py in a process group of its own, with a Ray of its own."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")},
             "LEAFNET_TEST_JOB": self._mark,
             "PYTHONPATH": str(SCORE.parent.parent),
+            **environment,
         }
         with open(log, "ab") as said:
             self.process = subprocess.Popen(
