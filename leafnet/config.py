@@ -175,6 +175,18 @@ class CheckpointSettings(Settings):
     )
 
 
+class DoctorSettings(Settings):
+    """Settings of jobs/doctor.py."""
+
+    storage: Url | None = Field(
+        None,
+        description="folder or URL below which a file is written, read and deleted; none: not "
+        "tried",
+    )
+    gpu: bool | Auto = Field("auto", description="look for GPUs; auto: when nvidia-smi finds some")
+    ray: RaySettings = RaySettings()
+
+
 class TrainSettings(Settings):
     """Settings of jobs/train.py."""
 
@@ -339,6 +351,12 @@ class ScoreSettings(Settings):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
+# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
+_OUTPUT = {
+    "verbose": "show what goes to the log on stderr as well",
+    "json": "write one JSON object a line to stdout, for machines",
+}
+
 
 def parse(
     settings_class: type[SettingsT],
@@ -367,12 +385,6 @@ def parse(
     for name, text in flags.items():
         _put(values, name, _from_text(text, dict(leaves(settings_class))[name]))
     return validate(settings_class, values, where=config)
-
-# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
-_OUTPUT = {
-    "verbose": "show what goes to the log on stderr as well",
-    "json": "write one JSON object a line to stdout, for machines",
-}
 
 
 def validate(
