@@ -52,7 +52,7 @@ def run(job: str, *arguments: str | Path) -> None:
     words = [f"jobs/{job}", *map(str, arguments)]
     say()
     say(f"$ {_python()} {shlex.join(words)}", style="bold")
-    command = [sys.executable, JOBS / job, *map(str, arguments), *terminal.flags()]
+    command = [sys.executable, str(JOBS / job), *map(str, arguments), *terminal.flags()]
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise UserError("demo-failed", f"jobs/{job} ended with code {done.returncode}, see above")
