@@ -52,7 +52,8 @@ def run(job: str, *arguments: str | Path) -> None:
     words = [f"jobs/{job}", *map(str, arguments)]
     say()
     say(f"$ {_python()} {shlex.join(words)}", style="bold")
-    done = subprocess.run([sys.executable, JOBS / job, *map(str, arguments)], check=False)
+    command = [sys.executable, str(JOBS / job), *map(str, arguments), *terminal.flags()]
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise UserError("demo-failed", f"jobs/{job} ended with code {done.returncode}, see above")
 

@@ -8,7 +8,10 @@ from leafnet import config, terminal
 EXAMPLES = """\
   python jobs/train.py --shards data/shards --name potato
   python jobs/train.py --config jobs/train.yaml --name potato --head.epochs 80
-  python jobs/train.py --shards data/shards --name check --weights random --workers 2
+  python jobs/train.py --shards data/shards --name potato --dry-run
+exit codes:
+  0 done, or nothing to do; 2 a setting or file is wrong; 3 another job trains under --name;
+  130 interrupted, and the same command goes on
 """
 
 

@@ -99,10 +99,20 @@ def load_weights(source: str, *, seed: int = 0) -> Weights:
     return Weights(_fold(raw), digest.hexdigest(), source)
 
 
+def imagenet_path() -> Path:
+    """Where Keras keeps the ImageNet weights, whether they are there or not."""
+    home = os.environ.get("KERAS_HOME", os.path.join(os.path.expanduser("~"), ".keras"))
+    return Path(home) / "models" / _IMAGENET_URL.rsplit("/", 1)[-1]
+
+
+def is_imagenet(data: bytes) -> bool:
+    """True for the file of the ImageNet weights, whole and unchanged."""
+    return hashlib.md5(data).hexdigest() == _IMAGENET_MD5
+
+
 def _imagenet_file() -> str:
     """The path of Keras's own cached file, downloaded when it is not there."""
-    home = os.environ.get("KERAS_HOME", os.path.join(os.path.expanduser("~"), ".keras"))
-    path = Path(home) / "models" / _IMAGENET_URL.rsplit("/", 1)[-1]
+    path = imagenet_path()
     if not path.exists():
         try:
             data = storage.read_bytes(_IMAGENET_URL)
@@ -113,7 +123,7 @@ def _imagenet_file() -> str:
                 f"{path.name} from a machine that can into {path.parent}, or give its path or URL "
                 "with --weights, or check the pipeline with --weights random",
             ) from None
-        if hashlib.md5(data).hexdigest() != _IMAGENET_MD5:
+        if not is_imagenet(data):
             raise UserError("bad-download", f"{_IMAGENET_URL} came damaged; try again")
         storage.write_bytes(str(path), data)
     return str(path)

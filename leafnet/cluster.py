@@ -189,22 +189,36 @@ def batch_size(wanted: int | Literal["auto"], *, gpus: int) -> int:
     return _GPU_BATCH if gpus else _CPU_BATCH
 
 
+def on_every_node(function: Callable[..., Any], *args: Any, gpu: bool = False) -> dict[str, Any]:
+    """What `function` of `args` gives on each node, by its name; with `gpu`, on those with GPUs.
+
+    A task without a CPU on each; on this process's node the function is called here, since a task
+    would take a process to start.
+    """
+    task = ray.remote(num_cpus=0)(function)
+    me = ray.get_runtime_context().get_node_id()
+    names: list[str] = []
+    found: list[Any] = []
+    for node in _ray_nodes():
+        if not node["Alive"] or (gpu and not node["Resources"].get("GPU")):
+            continue
+        names.append(f"{node['NodeManagerHostname']} {node['NodeID'][:6]}")
+        if node["NodeID"] == me:
+            found.append(None)
+            continue
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node["NodeID"], soft=False
+        )
+        found.append(task.options(scheduling_strategy=here).remote(*args))
+    values = [function(*args) if one is None else ray.get(one) for one in found]
+    return dict(zip(names, values, strict=True))
+
+
 def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:
     """(precision, why), for `wanted` one of auto, float32, bfloat16: the best all nodes have."""
     if wanted != "auto":
         return wanted, "as set"
-    look = ray.remote(num_cpus=0)(_local_precision)
-    found: set[tuple[str, str]] = set()
-    me = ray.get_runtime_context().get_node_id()
-    for node in _ray_nodes():
-        if node["Alive"] and (not gpu or node["Resources"].get("GPU")):
-            if node["NodeID"] == me:  # a task would take a process to start
-                found.add(_local_precision(gpu))
-                continue
-            here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                node["NodeID"], soft=False
-            )
-            found.add(ray.get(look.options(scheduling_strategy=here).remote(gpu)))
+    found: set[tuple[str, str]] = set(on_every_node(_local_precision, gpu, gpu=gpu).values())
     return max(found)  # "float32" sorts last: one node without bfloat16 decides for all
 
 

@@ -101,6 +101,12 @@ class PrepareSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of split and order")
     overwrite: bool = Field(False, description="replace the data set at --out")
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and its output is taken over [s]",
+    )
     ray: RaySettings = RaySettings()
 
     @field_validator("split")
@@ -178,6 +184,18 @@ class CheckpointSettings(Settings):
     )
 
 
+class DoctorSettings(Settings):
+    """Settings of jobs/doctor.py."""
+
+    storage: Url | None = Field(
+        None,
+        description="folder or URL below which a file is written, read and deleted; none: not "
+        "tried",
+    )
+    gpu: bool | Auto = Field("auto", description="look for GPUs; auto: when nvidia-smi finds some")
+    ray: RaySettings = RaySettings()
+
+
 class TrainSettings(Settings):
     """Settings of jobs/train.py."""
 
@@ -232,6 +250,16 @@ class TrainSettings(Settings):
         ge=2,
         description="also give the accuracy over so many folds of train and valid [folds]; "
         "none: do not",
+    )
+    dry_run: bool = Field(
+        False,
+        description="check everything and print the plan, in seconds; train nothing, leave nothing",
+    )
+    lock_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="a job on another machine that has shown no sign of life for so long is "
+        "dead, and its output is taken over [s]",
     )
     head: HeadSettings = HeadSettings()
     cache: CacheSettings = CacheSettings()
@@ -501,6 +529,12 @@ class ReviewSettings(Settings):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
+# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
+_OUTPUT = {
+    "verbose": "show what goes to the log on stderr as well",
+    "json": "write one JSON object a line to stdout, for machines",
+}
+
 
 def parse(
     settings_class: type[SettingsT],
@@ -520,9 +554,11 @@ def parse(
     known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
     flags = vars(known)
     if unknown:
-        names = [name for name, _ in leaves(settings_class)] + ["config", "help"]
+        names = [name for name, _ in leaves(settings_class)] + ["config", "help", *_OUTPUT]
         raise _unknown("flag", unknown[0].split("=")[0], names, prefix="--")
     config = flags.pop("config", None)
+    for name in _OUTPUT:
+        flags.pop(name, None)
     values: dict[str, Any] = _read_yaml(config) if config else {}
     for name, text in flags.items():
         _put(values, name, _from_text(text, dict(leaves(settings_class))[name]))
@@ -575,6 +611,8 @@ def _parser(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file or URL with settings")
+    for name, what in _OUTPUT.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     for name, field in leaves(settings_class):
         default = "required" if field.is_required() else f"default: {_shown(field.default)}"
         parser.add_argument(

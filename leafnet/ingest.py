@@ -26,9 +26,10 @@ import ray.data
 from numpy.typing import NDArray
 
 import leafnet
-from leafnet import cluster, images, prepare, shards, sources, storage, terminal
+from leafnet import cluster, images, lock, prepare, shards, sources, storage, terminal
 from leafnet.config import SPLITS, PrepareSettings
 from leafnet.errors import UserError
+from leafnet.lock import Lock
 from leafnet.prepare import Plan, Policy
 from leafnet.shards import Shard, ShardIndex
 from leafnet.sources import Listing, Sample
@@ -45,7 +46,7 @@ _OURS = re.compile(
     r"(\.[0-9a-f]{8}\.tmp)?"
 )
 # Settings that change where and how the data set is written, and not what is in it.
-_PLACEMENT = ("out", "overwrite", "ray")
+_PLACEMENT = ("out", "overwrite", "lock_timeout", "ray")
 
 _BLOCK_BYTES = 32_000_000
 _BLOCK_EXAMPLES = 512
@@ -63,7 +64,8 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
     """Write the data set of `listing` to `settings.out`, unless it is there already.
 
     Raises:
-        UserError: something in the settings or the photographs is wrong.
+        UserError: something in the settings or the photographs is wrong; another job is at work
+            on the output (exit code 3).
     """
     out = storage.absolute(settings.out)
     prepare.check_group(settings.group)
@@ -72,16 +74,23 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         say(f"{out} is already prepared; nothing to do")
         return
     _refuse_strangers(out)
-    _mark_unfinished(out)
     began = time.monotonic()
-    with terminal.log_to(out, _LOG):
-        _say_listing(listing)
-        with cluster.session(settings.ray, runtime_env=cluster.SHUFFLE_ENV):
-            index, plan, read = _prepare(settings, listing, out)
-        _say_results(index, plan, read, time.monotonic() - began)
+    with lock.hold(out, timeout_s=settings.lock_timeout) as held:
+        _mark_unfinished(out)
+        with terminal.log_to(out, _LOG):
+            terminal.keeps("nothing of the data set is kept, it is made in one go")
+            _say_listing(listing)
+            with cluster.session(settings.ray, runtime_env=cluster.SHUFFLE_ENV):
+                index, plan, read = _prepare(settings, listing, out, held)
+            _say_results(index, plan, read, time.monotonic() - began)
+            terminal.result(
+                shards=out, fingerprint=index.fingerprint, read=read, counts=index.counts
+            )
 
 
-def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[ShardIndex, Plan, int]:
+def _prepare(
+    settings: PrepareSettings, listing: Listing, out: str, held: Lock
+) -> tuple[ShardIndex, Plan, int]:
     """The index, the plan, and how many examples were read."""
     board = cluster.Board()
     read = _read(listing, board, max_pixels=settings.max_megapixels * 1_000_000)
@@ -100,6 +109,7 @@ def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[Sha
     plan = prepare.decide(metadata, policy, has_splits=listing.has_splits, source=listing.source)
     for note in plan.notes:
         say(note)
+    held.check()
     storage.delete(storage.join(out, shards.INDEX_NAME))
     for name in storage.list_names(out):
         if _OURS.fullmatch(name) and name != _UNFINISHED:
@@ -108,6 +118,7 @@ def _prepare(settings: PrepareSettings, listing: Listing, out: str) -> tuple[Sha
     _write_table(storage.join(out, REJECTED), plan.rejected)
     _write_table(storage.join(out, DUPLICATES), plan.duplicates)
     _check_seen_here(out, written)
+    held.check()
     index = shards.write_index(
         out,
         class_names=plan.class_names,
@@ -191,7 +202,7 @@ def _refuse_strangers(out: str) -> None:
     names = [name for name in storage.list_names(out) if not name.startswith(".")]
     if shards.INDEX_NAME in names or _UNFINISHED in names:
         return
-    others = [name for name in names if name != _LOG]
+    others = [name for name in names if name not in (_LOG, lock.FOLDER)]
     if others or (storage.exists(out) and not storage.is_folder(out)):
         raise UserError(
             "out-not-empty",

@@ -5,6 +5,7 @@ number counts. Whoever finds its owner dead creates the next number, which only 
 nobody ever deletes or overwrites the lock of a living owner. At rest there is no lock file.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from leafnet import storage
 from leafnet.errors import EXIT_IN_USE, UserError
 
 FOLDER = "_lock"
+_TRIES = 20
 
 
 class Lock:
@@ -67,9 +69,29 @@ class Lock:
             self._beat()
 
     def release(self) -> None:
-        """Give the output to the next job."""
-        if self._lost is None:
+        """Give the output to the next job. Where that fails, the next job finds the owner dead."""
+        if self._lost is not None:
+            return
+        try:
             storage.delete(self.url)
+        except Exception as error:
+            logging.getLogger("leafnet").warning("cannot delete %s: %s", self.url, error)
+        if storage.is_local(self.url):
+            with suppress(OSError):  # the next job is there already
+                Path(storage.absolute(self.url)).parent.rmdir()
+
+
+def refuse_held(out: str) -> None:
+    """Look whether a job holds the output folder `out`, without taking it.
+
+    Raises:
+        UserError: one does, and who; exit code 3.
+    """
+    folder = storage.join(out, FOLDER)
+    names = _names(folder)
+    held = _read(storage.join(folder, names[-1])) if names else None
+    if held is not None:
+        _refuse_alive(out, held)
 
 
 @contextmanager
@@ -77,7 +99,7 @@ def hold(out: str, *, timeout_s: float) -> Iterator[Lock]:
     """Hold the output folder `out` until the block ends.
 
     Raises:
-        UserError: another job holds it, and who; exit code 3.
+        UserError: another job holds it, and who; exit code 3. It cannot be written to.
     """
     owner = {
         "id": uuid.uuid4().hex,
@@ -101,7 +123,7 @@ def hold(out: str, *, timeout_s: float) -> Iterator[Lock]:
 
 def _acquire(out: str, owner: dict[str, Any], timeout_s: float) -> Lock:
     folder = storage.join(out, FOLDER)
-    while True:
+    for attempt in itertools.count():
         names = _names(folder)
         number = int(names[-1].split(".")[0]) + 1 if names else 1
         if names:
@@ -109,10 +131,22 @@ def _acquire(out: str, owner: dict[str, Any], timeout_s: float) -> Lock:
             if held is not None:
                 _refuse_alive(out, held)
         url = storage.join(folder, f"{number:08d}.json")
-        if storage.create_bytes(url, json.dumps(owner | {"alive_at": _now()}).encode()):
+        try:
+            created = storage.create_bytes(url, json.dumps(owner | {"alive_at": _now()}).encode())
+        # Every filesystem has errors of its own.
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            # Who released the lock may have taken the empty folder away.
+            if isinstance(error, FileNotFoundError) and attempt < _TRIES:
+                continue
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError("cannot-write", f"cannot write to --out {out}: {reason}") from None
+        if created:
             for name in names:  # of dead owners
                 storage.delete(storage.join(folder, name))
             return Lock(url, owner, timeout_s)
+    raise AssertionError("it counts for ever")
 
 
 def _refuse_alive(out: str, held: dict[str, Any]) -> None:

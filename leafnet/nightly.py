@@ -6,8 +6,8 @@ Tasks decode, actors hold the network, and the driver alone writes: whichever pr
 what it wrote is complete, and the next start goes on from there.
 """
 
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from leafnet import (
+    apart,
     bundle,
     cluster,
     engine,
@@ -81,13 +82,8 @@ def run(settings: ScoreSettings) -> None:
     model = bundle.load(settings.model)
     # What cannot be run is told before a machine is taken.
     _choose(settings, model, gpu=settings.gpu is True, best_float="float32")
-    log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "score.log"
     with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
-        with terminal.chatter_to(log):
-            summary = _night(settings, model, held, log)
-        if summary is not None:
-            url = storage.join(settings.out, ledger.RUNS, f"{summary['run_id']}.log")
-            storage.write_bytes(url, log.read_bytes())
+        summary = _night(settings, model, held)
     if summary is not None:
         _judge(summary, settings.max_failed)
 
@@ -103,7 +99,7 @@ def _judge(summary: Summary, max_failed: float) -> None:
         )
 
 
-def _night(settings: ScoreSettings, model: Bundle, held: Lock, log: Path) -> Summary | None:
+def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None:
     """The summary of what was published; None: there was nothing new."""
     began = time.monotonic()
     out, date = settings.out, str(settings.date)
@@ -133,23 +129,41 @@ def _night(settings: ScoreSettings, model: Bundle, held: Lock, log: Path) -> Sum
             found.delete()
         say(f"nothing new: {out} is as it was")
         return summary
-    # Before the work: a Ray that dies takes this process with it, without another word.
-    say(f"log       {log}")
     staging = ledger.start_staging(root, date=date, found=found)
+    terminal.keeps(f"what is scored is kept in {staging.root}")
+    # Beside the summary, and there also when the night fails.
+    with terminal.log_to(storage.join(out, ledger.RUNS), f"{staging.run_id}.log") as log:
+        # Before the work: a Ray that dies takes this process with it, without another word.
+        say(f"log       {log}")
+        return _work(
+            settings, model, photographs, difference, staging, held, {"list": listed_s}, began
+        )
+
+
+def _work(
+    settings: ScoreSettings,
+    model: Bundle,
+    photographs: Listing,
+    difference: Difference,
+    staging: Staging,
+    held: Lock,
+    seconds: dict[str, float],
+    began: float,
+) -> Summary:
+    """Score what is to do, and publish it."""
     done = ledger.adopt(staging, photographs.photographs, difference)
     missing = difference.todo & ~done
     if done.any():
         say(f"goes on   {done.sum():,} photographs were finished when {staging.run_id} stopped")
     facts: Summary = {
         "run_id": staging.run_id,
-        "date": date,
+        "date": staging.date,
         "images": settings.images,
         "listed": photographs.photographs.num_rows,
         "already_done": difference.already_done,
         "tried_again": difference.again,
         "finished_before": int(done.sum()),
     }
-    seconds = {"list": listed_s}
     if missing.any():
         facts |= _score(settings, model, photographs, missing, staging, held, seconds)
     return _publish(settings, model, staging, held, facts, seconds, began)
@@ -182,6 +196,7 @@ class _Job:
     engine: str
     model_id: str
     run_id: str
+    start: str  # of this process, unlike any other
     class_names: tuple[str, ...]
 
 
@@ -225,6 +240,7 @@ def _score(
             precision=chosen_engine.precision,
             model_id=model.model_id,
             run_id=staging.run_id,
+            start=uuid.uuid4().hex[:16],
             class_names=model.class_names,
         )
         device = cluster.device(pool.gpus)
@@ -462,20 +478,22 @@ def _decode(spans: pa.Table, *, chosen: Any, job: _Job) -> Iterator[pa.Table]:
     """The stacks of some runs of `chosen`; pixels as bytes, which no stage copies or unpacks."""
     listed: pa.Table = ray.get(chosen) if isinstance(chosen, ray.ObjectRef) else chosen
     for span in spans.to_pylist():
-        stacks = scoring.decode_photographs(
-            listed.slice(span["start"], span["stop"] - span["start"]),
-            image_size=job.image_size,
-            batch_size=job.stack,
-            max_pixels=job.max_pixels,
-        )
-        for stack in stacks:
-            yield pa.table(
-                {
-                    "photographs": _binary(_to_ipc(stack.photographs)),
-                    "pixels": _binary(pa.py_buffer(np.ascontiguousarray(stack.pixels))),
-                    "decode_s": [stack.seconds],
-                }
+        with apart.tried(job.start, span["start"]) as died:
+            stacks = scoring.decode_photographs(
+                listed.slice(span["start"], span["stop"] - span["start"]),
+                image_size=job.image_size,
+                batch_size=job.stack,
+                max_pixels=job.max_pixels,
+                careful=died,
             )
+            for stack in stacks:
+                yield pa.table(
+                    {
+                        "photographs": _binary(_to_ipc(stack.photographs)),
+                        "pixels": _binary(pa.py_buffer(np.ascontiguousarray(stack.pixels))),
+                        "decode_s": [stack.seconds],
+                    }
+                )
 
 
 class _Network:
@@ -615,6 +633,8 @@ def _publish(
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
     staging.delete()
     _say_summary(summary, settings.out)
+    told = ("run_id", "published", "status", "labels", "reasons", "listed", "already_done")
+    terminal.result(**{name: summary[name] for name in told})
     return summary
 
 

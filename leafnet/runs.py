@@ -5,7 +5,8 @@ import io
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +24,11 @@ from leafnet import (
     features,
     fitting,
     inference,
+    lock,
     metrics,
     openvino_graph,
     plots,
+    rehearsal,
     review,
     search,
     shards,
@@ -35,12 +38,16 @@ from leafnet import (
 from leafnet.classifier import Head, fold_standardisation
 from leafnet.config import SPLITS, EvaluateSettings, TrainSettings
 from leafnet.errors import UserError
+from leafnet.lock import Lock
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
 from leafnet.training import steps_per_epoch
 
 # Settings that change where and how fast a run computes, and not what.
-_PLACEMENT = ("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray.")
+_PLACEMENT = (
+    *("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray."),
+    *("dry_run", "lock_timeout"),
+)
 
 
 class _Features(NamedTuple):
@@ -55,7 +62,8 @@ def train(settings: TrainSettings) -> None:
     """Train and publish a model at `out`/`name`, going on where an earlier start stopped.
 
     Raises:
-        UserError: something in the settings, the data or the weights is wrong.
+        UserError: something in the settings, the data or the weights is wrong; another job trains
+            under this name (exit code 3).
     """
     settings = settings.model_copy(
         update={"out": storage.absolute(settings.out), "shards": storage.absolute(settings.shards)}
@@ -67,22 +75,34 @@ def train(settings: TrainSettings) -> None:
     _check_search(settings, index)
     if settings.int8:
         _check_int8(index)
-    started_before = _check_same_settings(run, settings)
-    if started_before and _finished(run, index):
-        say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
+    if _nothing_to_do(run, settings, index):
         return
-    with terminal.log_to(run, "train.log"):
-        say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
-        _train(settings, run, index)
-
-
-def _train(settings: TrainSettings, run: str, index: ShardIndex) -> None:
     began = time.monotonic()
-    # What can be refused is refused before a machine is taken.
+    # What can be refused is refused before there is a folder of the run, or a machine is taken.
+    lock.refuse_held(run)
     weights = backbone.load_weights(settings.weights, seed=settings.seed)
-    storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
-    with cluster.session(settings.ray) as nodes:
-        _train_on(nodes, settings, run, index, weights, began)
+    if settings.dry_run:
+        rehearsal.run(settings, run, index, weights, views=_views(settings))
+        return
+    with lock.hold(run, timeout_s=settings.lock_timeout) as held:
+        # Another job may have had the run until now.
+        if _nothing_to_do(run, settings, index):
+            return
+        started_before = storage.exists(storage.join(run, "config.yaml"))
+        with terminal.log_to(run, "train.log"):
+            terminal.keeps(f"features and checkpoints are kept in {settings.out}")
+            say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
+            storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
+            with cluster.session(settings.ray) as nodes:
+                _train_on(nodes, settings, run, index, weights, began, held)
+
+
+def _nothing_to_do(run: str, settings: TrainSettings, index: ShardIndex) -> bool:
+    """True when the run is finished, and says so."""
+    finished = _check_same_settings(run, settings) and _finished(run, index)
+    if finished:
+        say(f"{run} is finished: {storage.join(run, 'model')}; nothing to do")
+    return finished
 
 
 def _train_on(
@@ -92,6 +112,7 @@ def _train_on(
     index: ShardIndex,
     weights: backbone.Weights,
     began: float,
+    held: Lock,
 ) -> None:
     seconds: dict[str, float] = {}
     machines = cluster.machines(nodes, settings.gpu)
@@ -148,6 +169,7 @@ def _train_on(
         for split in reversed(SPLITS)
         if index.examples(split)
     }
+    held.check()
     _write_results(run, result.state.history, scores, index.class_names)
     head = fold_standardisation(
         result.state.best_head, mean=result.mean, deviation=result.deviation
@@ -162,6 +184,7 @@ def _train_on(
         )
         seconds["int8"] = time.monotonic() - began_stage
     began_stage = time.monotonic()
+    held.check()
     model_id = bundle.save(
         storage.join(run, "model"),
         convolutions=weights.convolutions,
@@ -193,6 +216,9 @@ def _train_on(
         },
     )
     _say_results(run, scores, model_id, seconds["total"], result.state)
+    terminal.result(
+        run=run, model=storage.join(run, "model"), model_id=model_id, metrics=_figures(scores)
+    )
 
 
 def _check_data(index: ShardIndex) -> None:
@@ -321,7 +347,7 @@ def _check_same_settings(run: str, settings: TrainSettings) -> bool:
     """True when the run was started before, with the same settings."""
     try:
         stored = yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     found, wanted = _decisive(stored), _decisive(settings.model_dump(mode="json"))
     checkpoint.compare_identity(found, wanted, where=f"run {run}")
@@ -590,6 +616,14 @@ def _say_results(
     say(f"done in {terminal.duration(seconds)}")
 
 
+def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each split what is a number."""
+    return {
+        split: {name: value for name, value in of_split.items() if isinstance(value, int | float)}
+        for split, of_split in scores.items()
+    }
+
+
 def say_scores(scores: Mapping[str, Any]) -> None:
     """Print a table of results: a row a split, then the classes of the first split."""
     say()
@@ -649,8 +683,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     ]
     if not splits:
         raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
-    log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
-    with terminal.chatter_to(log):
+    terminal.keeps("nothing of the evaluation is kept")
+    with _evaluation_log(settings.out) as log:
         with cluster.session(settings.ray) as nodes:
             machines = cluster.machines(nodes, settings.gpu)
             precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
@@ -669,7 +703,21 @@ def evaluate(settings: EvaluateSettings) -> None:
                 )
         scores = {split: metrics.scores(tallies[split], index.class_names) for split in splits}
         say_scores(scores)
+        terminal.result(model=model.url, model_id=model.model_id, metrics=_figures(scores))
         if settings.out:
             storage.write_json(settings.out, scores)
             say(f"metrics   {settings.out}")
         say(f"log       {log}")
+
+
+@contextmanager
+def _evaluation_log(out: str | None) -> Iterator[Path]:
+    """Beside the metrics, under their name; in a temporary folder where there are none."""
+    if out is None:
+        path = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
+        with terminal.chatter_to(path):
+            yield path
+        return
+    folder, _, name = storage.absolute(out).rpartition("/")
+    with terminal.log_to(folder, f"{name.removesuffix('.json')}.log") as path:
+        yield path

@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 import leafnet
 from leafnet import shards, storage
+from leafnet.apart import Apart
 from leafnet.errors import UserError
-from leafnet.images import DECODER_VERSION, ImageError, decode
+from leafnet.images import DECODER_VERSION, ImageError, Photo, decode
 from leafnet.metrics import softmax
 from leafnet.review import Review
 
@@ -38,6 +39,8 @@ PASSING = ("cannot-read", "not-found", "needs-heif")
 _MAX_IMAGE_BYTES = 512_000_000
 # Object stores answer after tens of milliseconds; so many photographs are asked for at once.
 _READ_AHEAD = 16
+# Reasons of `storage` that may be those of one object; all others are the whole store's.
+_OF_ONE_OBJECT = frozenset({"no-access", "store-refused", "bad-url"})
 
 # What is known of a photograph before the network has seen it. Rows without a reason have pixels.
 PHOTOGRAPH = pa.schema(
@@ -104,7 +107,12 @@ class Decoded(NamedTuple):
 
 
 def decode_photographs(
-    listed: pa.Table, *, image_size: int, batch_size: int, max_pixels: int
+    listed: pa.Table,
+    *,
+    image_size: int,
+    batch_size: int,
+    max_pixels: int,
+    careful: bool = False,
 ) -> Iterator[Decoded]:
     """Read and decode the photographs of a listing, in their order.
 
@@ -113,7 +121,25 @@ def decode_photographs(
         image_size: pixels.
         batch_size: photographs with pixels in all results but the last.
         max_pixels: of a photograph, see `images.decode`.
+        careful: decode in another process, which a photograph may kill.
+
+    Raises:
+        UserError: the store that holds them is away, or refuses.
     """
+    if not careful:
+        yield from _decode_all(decode, listed, image_size, batch_size, max_pixels)
+        return
+    with Apart() as apart:
+        yield from _decode_all(apart.decode, listed, image_size, batch_size, max_pixels)
+
+
+def _decode_all(
+    decode: Callable[..., Photo],
+    listed: pa.Table,
+    image_size: int,
+    batch_size: int,
+    max_pixels: int,
+) -> Iterator[Decoded]:
     rows: list[dict[str, Any]] = []
     stack = np.empty((batch_size, image_size, image_size, 3), np.uint8)
     filled, seconds = 0, 0.0
@@ -182,6 +208,7 @@ def _read(row: dict[str, Any]) -> bytes | ImageError:
         return storage.read_bytes(url)
     # Every filesystem has errors of its own, and what is wrong with one file must not end the job.
     except Exception as error:
+        _raise_outage(url, error)
         if isinstance(error, FileNotFoundError):
             if "\\udc" in url:
                 return ImageError("bad-name", "its name is not valid UTF-8; rename the file")
@@ -206,8 +233,19 @@ def _read_shard(
                 yield row, table["image"][row["row"] - first].as_py()
             first += table.num_rows
     except (OSError, pa.ArrowException, UserError) as error:
+        _raise_outage(url, error)
         for row in waiting:
             yield row, ImageError("cannot-read", f"the shard: {_one_line(error)}")
+
+
+def _raise_outage(url: str, error: Exception) -> None:
+    """Raise `error` where it is the store's: no photograph of the night could be read then.
+
+    A URL of the web has a host of its own, and what is wrong with that is the photograph's affair.
+    """
+    of_store = isinstance(error, UserError) and error.reason not in _OF_ONE_OBJECT
+    if of_store and url.startswith(("s3://", "s3a://")):
+        raise error
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -372,6 +372,35 @@ def delete(url: str) -> None:
                 raise UserError("no-access", f"{url}: cannot delete all of it; give the right to")
         elif fs.exists(path):
             fs.rm_file(path)
+
+
+def try_rights(folder: str) -> None:
+    """Write, read, list and delete a small file below `folder`; nothing stays there.
+
+    Raises:
+        UserError: one of them is not possible, and why.
+    """
+    own = join(absolute(folder), f".leafnet-{uuid.uuid4().hex}")
+    url = join(own, "try")
+    made = []
+    if is_local(folder):
+        made = [path for path in (Path(own), *Path(own).parents) if not path.exists()]
+    data = uuid.uuid4().bytes
+    try:
+        write_bytes(url, data)
+        if read_bytes(url) != data or list_names(own) != ["try"]:
+            raise UserError("store-failed", f"{folder} does not give back what was written to it")
+        delete(own)
+    # Every filesystem has errors of its own.
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError("cannot-write", f"cannot write to {folder}: {reason}") from None
+    finally:
+        for path in made:
+            with suppress(OSError):  # it was not made after all, or is somebody's by now
+                path.rmdir()
 
 
 def upload_folder(folder: str | Path, url: str) -> None:

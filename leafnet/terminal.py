@@ -1,21 +1,33 @@
 """What a person sees: a few lines and progress bars. Everything else goes to a log file.
 
+Every job also takes `--verbose`, which shows what goes to the log on stderr as well, and `--json`,
+with which stdout has one JSON object a line for machines instead:
+
+    {"event": "message", "text": …}
+    {"event": "progress", "stage": …, "done": …, "total": …, "unit": …, "rate": …, "seconds": …}
+    {"event": "table", "title": …, "columns": […], "rows": [[…], …]}
+    {"event": "check", "name": …, "status": "ok" | "warning" | "fault", "found": …, "mend": …}
+    {"event": "result", "exit_code": …, …}        the last one
+
 Ray, TensorFlow and absl print from C++, from threads and on behalf of other machines. Redirecting
 the process's own file descriptors is the only way to catch all of them; leafnet keeps a duplicate
 of the real ones for what it wants to say.
 """
 
+import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -29,8 +41,21 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
+# What every job takes beside its settings; `config` has them in its --help.
+FLAGS = ("--verbose", "--json")
+
 # A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
 _PLAIN_INTERVAL_S = 15.0
+_JSON_INTERVAL_S = 1.0
+_TAIL_S = 0.2
+# How the log marks what a person has seen already.
+_SAID = b" INFO leafnet: "
+_STATUS_STYLES = {"ok": "green", "warning": "bold yellow", "fault": "bold reverse red"}
+_CHECKLIST_INDENT = " " * 24
+_CHECKLIST_WRAP: dict[str, Any] = {
+    "subsequent_indent": _CHECKLIST_INDENT,
+    "break_on_hyphens": False,
+}
 
 
 def _console_on(file: TextIO | None) -> Console:
@@ -40,21 +65,83 @@ def _console_on(file: TextIO | None) -> Console:
 
 _console = _console_on(None)
 _log_path: Path | None = None
+_verbose = False
+_json = False
+_kept = ""
+_result: dict[str, Any] = {}
+
+
+def keeps(text: str) -> None:
+    """What is told of the work so far when the job is interrupted from here on."""
+    global _kept
+    _kept = text
+
+
+def result(**values: Any) -> None:
+    """What the job made, for the last line of `--json`; values that JSON knows."""
+    _result.update(values)
+
+
+def flags() -> list[str]:
+    """The flags of the terminal that this job was given, for jobs that it starts."""
+    return [flag for flag, given in zip(FLAGS, (_verbose, _json), strict=True) if given]
+
+
+def _emit(event: str, **values: Any) -> None:
+    """One line of `--json`."""
+    line = json.dumps({"event": event, **values}, ensure_ascii=False)
+    _console.file.write(f"{line}\n")
+    _console.file.flush()
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
     """Print one line for the person who runs the job, and keep it in the log."""
-    _console.print(text, style=style)
+    if not _json:
+        _console.print(text, style=style)
+    elif text:
+        _emit("message", text=text)
     logging.getLogger("leafnet").info(text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; every column but the first is right-aligned."""
+    if _json:
+        _emit("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
+        return
     drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
+    _console.print(drawn)
+
+
+def checklist(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print what was checked: (status, name, what was found, how to mend it) of each.
+
+    A table on a terminal, lines elsewhere, and neither wider than 100 columns. The status is a
+    word, and its colour only comes on top.
+    """
+    if _json:
+        for status, name, found, mend in rows:
+            _emit("check", name=name, status=status, found=found, mend=mend)
+        return
+    for row in rows:
+        logging.getLogger("leafnet").info("   ".join(row))
+    if not _console.is_terminal:
+        for status, name, found, mend in rows:
+            for text in (found, *([f"mend: {mend}"] if mend else [])):
+                head = f"{status:<9}{name:<15}" if text == found else _CHECKLIST_INDENT
+                _console.print(textwrap.fill(text, 100, initial_indent=head, **_CHECKLIST_WRAP))
+        return
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=min(100, _console.width))
+    for column in ("status", "check", "found, and how to mend it"):
+        drawn.add_column(column, overflow="fold")
+    for status, name, found, mend in rows:
+        told = Text(found)
+        if mend:
+            told.append(f"\n{mend}", style="italic")
+        drawn.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), told)
     _console.print(drawn)
 
 
@@ -80,7 +167,22 @@ def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callab
         rate = _rate(done, time.monotonic() - started, unit)
         return f"{title:<12} {done:,} of {total:,} {unit}   {rate}"
 
-    if _console.is_terminal:
+    def tell() -> None:
+        if not _json:
+            say(line())
+            return
+        seconds = time.monotonic() - started
+        _emit(
+            "progress",
+            stage=title,
+            done=done,
+            total=total,
+            unit=unit,
+            rate=round(done / seconds, 2) if seconds > 0 else None,
+            seconds=round(seconds, 2),
+        )
+
+    if _console.is_terminal and not _verbose and not _json:
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=30),
@@ -106,15 +208,20 @@ def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callab
             yield advance
     else:
         last = started
+        interval = _JSON_INTERVAL_S if _json else _PLAIN_INTERVAL_S
 
         def advance(count: int) -> None:
             nonlocal done, last
             done += count
-            if done < total and time.monotonic() - last >= _PLAIN_INTERVAL_S:
+            if done < total and time.monotonic() - last >= interval:
                 last = time.monotonic()
-                say(line())
+                tell()
 
         yield advance
+    if _json:
+        tell()
+        logging.getLogger("leafnet").info(line())
+        return
     say(f"{line()}   {duration(time.monotonic() - started)}")
 
 
@@ -136,7 +243,7 @@ def duration(seconds: float) -> str:
 def chatter_to(path: Path) -> Iterator[None]:
     """Send everything that libraries print, in this process and from Ray's, to the file `path`.
 
-    `say`, `table` and `progress` still reach the terminal.
+    `say`, `table` and `progress` still reach the terminal. With `--verbose` the rest does as well.
     """
     global _console, _log_path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +263,10 @@ def chatter_to(path: Path) -> Iterator[None]:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    over = threading.Event()
+    tail = threading.Thread(target=_tail, args=(path, stderr, over), daemon=True)
+    if _verbose:
+        tail.start()
     try:
         yield
     except Exception as error:
@@ -167,6 +278,9 @@ def chatter_to(path: Path) -> Iterator[None]:
         sys.stderr.flush()
         ours.removeHandler(handler)
         handler.close()
+        if _verbose:
+            over.set()
+            tail.join()
         os.dup2(terminal.fileno(), 1)
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -174,17 +288,43 @@ def chatter_to(path: Path) -> Iterator[None]:
         terminal.close()
 
 
+def _tail(path: Path, stderr: int, over: threading.Event) -> None:
+    """Copy what is added to the file `path` to `stderr`, but for what was said already.
+
+    From the file, and not through a pipe, in which the last words of a process that is killed
+    would be lost.
+    """
+    with open(path, "rb") as log:
+        log.seek(0, os.SEEK_END)
+        rest = b""
+        while True:
+            last = over.is_set()
+            *lines, rest = (rest + log.read()).split(b"\n")
+            shown = [line for line in lines if _SAID not in line]
+            if shown:
+                os.write(stderr, b"\n".join(shown) + b"\n")
+            if last:
+                break
+            over.wait(_TAIL_S)
+        if rest:
+            os.write(stderr, rest + b"\n")
+
+
 @contextmanager
-def log_to(folder: str, name: str) -> Iterator[None]:
-    """`chatter_to` the file `name` in `folder`; to a URL it is copied when the block ends."""
+def log_to(folder: str, name: str) -> Iterator[Path]:
+    """`chatter_to` the file `name` in `folder`; to a URL it is copied when the block ends.
+
+    Yields the path of the file that is being written.
+    """
     if storage.is_local(folder):
-        with chatter_to(Path(folder) / name):
-            yield
+        path = Path(storage.absolute(folder)) / name
+        with chatter_to(path):
+            yield path
         return
     url, local = storage.join(folder, name), Path(tempfile.mkdtemp(prefix="leafnet-")) / name
     try:
         with chatter_to(local):
-            yield
+            yield local
     except BaseException as error:
         # It is the error that has to be told, and not that its log cannot be stored either.
         if not (isinstance(error, UserError) and error.reason in storage.UNREACHABLE):
@@ -196,26 +336,45 @@ def log_to(folder: str, name: str) -> Iterator[None]:
 
 
 def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run `job` with the command line; returns the exit code.
+    """Run `job` with the command line, less `--verbose` and `--json`; returns the exit code.
 
     0 done, 2 something the user gave is wrong (one line `error[reason]: …`; the error may have a
     code of its own), 130 interrupted, 1 anything else, with the log file that holds the stack
     trace.
     """
+    global _verbose, _json, _kept
+    words = sys.argv[1:] if argv is None else argv
+    before = _verbose, _json, _kept
+    _verbose, _json = "--verbose" in words, "--json" in words
+    _result.clear()
     try:
-        job(sys.argv[1:] if argv is None else argv)
+        code, told = _run(job, [word for word in words if word not in FLAGS])
+        if _json:
+            _emit("result", exit_code=code, **told, **_result)
+    finally:
+        _verbose, _json, _kept = before
+    return code
+
+
+def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int, dict[str, str]]:
+    """(exit code, what went wrong)."""
+    try:
+        job(argv)
     except UserError as error:
         print(f"error[{error.reason}]: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code, {"error": error.reason, "message": str(error)}
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        kept = f": {_kept}" if _kept else ""
+        message = f"interrupted{kept}; run the same command again to go on"
+        print(message, file=sys.stderr)
+        return EXIT_INTERRUPTED, {"error": "interrupted", "message": message}
     except Exception as error:
         if _log_path is None:
             traceback.print_exc()
         last = str(error).strip().splitlines() or [""]
-        print(f"error[internal]: {type(error).__name__}: {last[0]}", file=sys.stderr)
+        message = f"{type(error).__name__}: {last[0]}"
+        print(f"error[internal]: {message}", file=sys.stderr)
         if _log_path is not None:
             print(f"the details are in {_log_path}", file=sys.stderr)
-        return EXIT_FAILED
-    return EXIT_DONE
+        return EXIT_FAILED, {"error": "internal", "message": message}
+    return EXIT_DONE, {}

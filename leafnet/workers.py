@@ -114,6 +114,9 @@ class _Trainer(DataParallelTrainer):
             return list(callbacks)
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Not: Ray's answers Ctrl-C by ending the process with code 0, also long after the fit."""
+
 
 class _TensorflowConfig(BackendConfig):
     """Tells each worker of the others in TF_CONFIG, as `ray.train.tensorflow.TensorflowTrainer`.

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,27 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         provenance={},
     )
     return url
+
+
+def write_deadly_decoder(
+    folder: Path, *, death: str = "import ctypes; ctypes.string_at(0)"
+) -> bytes:
+    """A photograph that runs `death` in each process that decodes it and has `folder` on its path.
+
+    A file that crashes a C library of today is mended tomorrow: what Pillow calls is replaced.
+    """
+    mark = b"kills its decoder"
+    code = f"""
+from PIL import Image
+
+_open = Image.open
+
+def _deadly(file, *args, **kwargs):
+    if {mark!r} in file.getvalue():
+        {death}
+    return _open(file, *args, **kwargs)
+
+Image.open = _deadly
+"""
+    (folder / "sitecustomize.py").write_text(code)
+    return leaf_jpeg("healthy", seed=0) + mark

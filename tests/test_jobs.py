@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 import pytest
 
-from leafnet import bundle
+from leafnet import bundle, terminal
 from leafnet.shards import ShardIndex
+from tests.conftest import leaf_jpeg
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -66,6 +67,7 @@ def test_mistakes_end_with_one_line_and_code_2(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_no_cluster_at_the_address(data_set: ShardIndex, tmp_path: Path) -> None:
@@ -79,13 +81,100 @@ def test_no_cluster_at_the_address(data_set: ShardIndex, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [*("prepare.py", "train.py", "evaluate.py"), *("promote.py", "export.py", "review.py")]
+    "name",
+    [
+        *("prepare.py", "train.py", "evaluate.py", "promote.py", "export.py", "review.py"),
+        "doctor.py",
+    ],
 )
 def test_help_names_every_setting_and_ends_with_examples(name: str) -> None:
     done = run(job(name, "--help"))
     assert done.returncode == 0
     *_, examples = done.stdout.split("examples:\n")
     assert examples.count(f"python jobs/{name} ") == 3
+    for flag in terminal.FLAGS:
+        assert f"\n  {flag}" in done.stdout
+
+
+def start_and_wait_for_lock(command: Sequence[str], out: Path) -> subprocess.Popen[str]:
+    """A job in a session of its own that holds `out`."""
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not any(json.loads(p.read_text())["pid"] == process.pid for p in locks(out)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def locks(out: Path) -> list[Path]:
+    return list((out / "_lock").glob("*.json"))
+
+
+def check_in_use(command: Sequence[str], holder: int) -> None:
+    os.kill(holder, signal.SIGSTOP)  # so that it is not done before the other asks
+    done = run(command)
+    os.kill(holder, signal.SIGCONT)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert f"is in use by process {holder} on {socket.gethostname()}, since 2" in done.stderr
+    assert done.stderr.startswith("error[output-in-use]: ")
+    assert done.stderr.count("\n") == 1
+
+
+def interrupt(process: subprocess.Popen[str], kept: str) -> None:
+    """As Ctrl-C in a shell: to the whole group of processes."""
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert stderr == f"interrupted: {kept}; run the same command again to go on\n"
+    finally:
+        kill_session(process.pid)
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_name_and_what_is_left_by_a_kill(
+    data_set: ShardIndex, tmp_path: Path
+) -> None:
+    command = train(data_set, tmp_path, "--ray.cpus", "2", "--head.epochs", "100000")
+    first = start_and_wait_for_lock(command, tmp_path / "a")
+    try:
+        check_in_use(command, first.pid)
+    finally:
+        kill_session(first.pid)
+    first.communicate()
+    assert len(locks(tmp_path / "a")) == 1
+    second = start_and_wait_for_lock(command, tmp_path / "a")  # the owner is dead
+    assert second.stdout is not None
+    while not second.stdout.readline().startswith("epoch "):
+        assert second.poll() is None
+    interrupt(second, f"features and checkpoints are kept in {tmp_path}")
+    assert locks(tmp_path / "a") == []
+
+
+@pytest.mark.slow
+def test_two_preparations_of_one_output(tmp_path: Path) -> None:
+    for i in range(40):
+        for label in ("rust", "healthy"):
+            path = tmp_path / "photos" / label / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(leaf_jpeg("healthy", seed=2 * i + (label == "rust")))
+    out = tmp_path / "shards"
+    command = job("prepare.py", "--source", tmp_path / "photos", "--out", out, "--ray.cpus", "2")
+    first = start_and_wait_for_lock(command, out)
+    try:
+        check_in_use(command, first.pid)
+    except BaseException:
+        kill_session(first.pid)
+        raise
+    interrupt(first, "nothing of the data set is kept, it is made in one go")
+    assert {path.name for path in out.iterdir()} == {"unfinished.json", "prepare.log"}
 
 
 @pytest.mark.ray

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "s3"},
     "config": {"errors", "storage"},
     "terminal": {"errors", "storage"},
+    "machine": set(),
     "demo": {"errors"},
     "plots": {"metrics"},
     # The data set.
@@ -37,13 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
     "registry": {"errors", "storage"},
+    "plan": {"backbone", "features", "training"},
     "bundle": {
         *("errors", "storage", "images", "metrics", "registry"),
         *("backbone", "openvino_graph", "novelty", "review", "classifier"),
     },
     # What a published model does, as far as that needs no cluster.
     "engine": {"errors", "backbone", "openvino_graph", "review", "bundle"},
-    "scoring": {"errors", "storage", "images", "metrics", "shards", "review"},
+    "apart": {"errors", "images"},
+    "scoring": {"errors", "storage", "images", "metrics", "apart", "shards", "review"},
     "listing": {"errors", "storage", "shards", "sources"},
     "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
@@ -63,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
-        *("shards", "sources", "prepare", "cluster"),
+        *("shards", "sources", "prepare", "lock", "cluster"),
     },
     "inference": {
         *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
@@ -83,10 +86,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "prepare", "shards", "backbone"),
         *("classifier", "features", "checkpoint", "training", "cluster", "fitting"),
     },
+    "rehearsal": {
+        *("errors", "config", "storage", "terminal", "machine", "shards", "backbone", "features"),
+        *("plan", "cluster"),
+    },
+    "doctor": {
+        *("errors", "config", "storage", "terminal", "machine", "backbone", "openvino_graph"),
+        "cluster",
+    },
     "runs": {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
-        *("bundle", "cluster", "fitting", "inference", "search"),
+        *("bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
@@ -94,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
-        *("engine", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
     },
 }
 
@@ -109,6 +120,8 @@ MAY_IMPORT_RAY = {
     "promotion",
     "nightly",
     "search",
+    "rehearsal",
+    "doctor",
 }
 
 MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,20 @@ import pytest
 
 from leafnet import lock, storage
 from leafnet.errors import EXIT_IN_USE, UserError
+from tests.conftest import make_bucket, use_server
 
 
-@pytest.fixture(params=["local", "memory"])
-def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else f"memory://lock-{tmp_path.name}"
+@pytest.fixture(params=["local", "memory", "moto"])
+def out(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    if request.param == "moto":
+        use_server(monkeypatch, request.getfixturevalue("moto").environment())
+        name = f"lock-{tmp_path.name}".lower().replace("_", "-")[:40].strip("-")
+        yield make_bucket(name) + "/runs/a"
+        storage._filesystem.cache_clear()
+    else:
+        yield str(tmp_path) if request.param == "local" else f"memory://lock-{tmp_path.name}"
 
 
 def leave_lock(out: str, **changes: Any) -> None:
@@ -37,6 +47,9 @@ def test_the_second_is_told_who_holds_it(out: str) -> None:
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on") as caught:
             lock._acquire(out, {"id": "me"}, 60)
         assert caught.value.exit_code == EXIT_IN_USE
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+            lock.refuse_held(out)
+    lock.refuse_held(out)
     assert storage.list_names(storage.join(out, lock.FOLDER)) == []
     with lock.hold(out, timeout_s=60) as held:
         held.check()
@@ -113,3 +126,28 @@ def test_signs_of_life(tmp_path: Path) -> None:
         while json.loads(Path(held.url).read_text())["alive_at"] == first:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_at_rest_nothing_is_left(tmp_path: Path) -> None:
+    with lock.hold(str(tmp_path / "run"), timeout_s=60):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.FOLDER]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_output_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to --out .*/file/run: ") as caught:
+        lock._acquire(str(tmp_path / "file" / "run"), {"id": "me"}, 60)
+    assert caught.value.reason == "cannot-write"
+
+
+def test_a_store_that_is_away_at_the_end_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        with lock.hold(str(tmp_path), timeout_s=60) as held:
+            monkeypatch.setattr(held, "url", "ftpx://gone/00000001.json")
+            raise KeyError("work")
+
+    with pytest.raises(KeyError, match="work"):
+        work()

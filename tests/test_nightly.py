@@ -30,12 +30,15 @@ from leafnet import (
     lock,
     nightly,
     scoring,
+    storage,
     terminal,
 )
 from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
 from leafnet.ledger import Staging
+from tests.conftest import make_bucket, use_server, write_deadly_decoder
+from tests.s3_server import Proxy, Server
 
 COUNT = 800  # photographs of the job that is killed
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
@@ -160,7 +163,7 @@ def test_a_night_with_every_kind_of_bad_file(
     assert summary["status"] == {"ok": 12, "review": 0, "failed": 29}
     assert summary["reasons"]["truncated"] == 7
     assert sum(summary["labels"].values()) == 12
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
 
     before = tree(out)
     nightly.run(made(date="2026-11-24"))
@@ -263,7 +266,7 @@ def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_
     (path,) = out.glob("date=2026-11-25/*.parquet")
     assert path.stem == staging.run_id
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs", "_lock"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs"}
 
 
 def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
         nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert json.loads((out / "_runs" / f"{staging.run_id}.json").read_text()) == summary
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs"}
     before = tree(out)
     nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
@@ -363,12 +366,13 @@ def test_a_job_ends_with_the_code_of_its_error() -> None:
 class Job:
     """jobs/score.py in a process group of its own, with a Ray of its own."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")},
             "LEAFNET_TEST_JOB": self._mark,
             "PYTHONPATH": str(SCORE.parent.parent),
+            **environment,
         }
         with open(log, "ab") as said:
             self.process = subprocess.Popen(
@@ -460,5 +464,70 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
     assert set(frame.status) == {"ok"}
     scored_at = dict(zip(frame.image, frame.scored_at, strict=True))
     assert {image: scored_at[image] for image in finished} == finished  # and not done again
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs", "_lock"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
     assert len(list(out.glob("_runs/*.json"))) == 1
+
+
+class Outage(Proxy):
+    """A store that is away for all photographs but the first few, until it is back."""
+
+    PASSED = 150
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self.away, self._read = True, 0
+
+    def _fault(self, request: bytes) -> str | None:
+        self._read += request.startswith(b"GET /") and b".jpg" in request.split(b"\r\n", 1)[0]
+        return "503" if self.away and self._read > self.PASSED else None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_store_that_goes_away_and_a_photograph_that_kills(
+    random_model: str,
+    tmp_path: Path,
+    jobs: list[Job],
+    moto: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The night ends unpublished with one line; the next start goes on, past the deadly one."""
+    deadly = write_deadly_decoder(tmp_path)
+    use_server(monkeypatch, moto.environment())
+    images, out, said = make_bucket("night-outage"), tmp_path / "out", tmp_path / "said"
+    for i in range(200):
+        storage.write_bytes(f"{images}/{i:03d}.jpg", encoded(leaf(i % 20), "JPEG"))
+    storage.write_bytes(f"{images}/100.jpg", deadly)
+    storage._filesystem.cache_clear()
+    proxy = Outage(moto.endpoint)
+    arguments = [
+        *("--model", random_model, "--images", images, "--out", str(out), "--date", "2026-11-24"),
+        *("--batch-size", "2", "--keep-every", "0", "--ray.cpus", "2"),
+    ]
+    with proxy.running() as endpoint:
+        environment = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_MAX_ATTEMPTS": "1",
+            "PYTHONPATH": f"{SCORE.parent.parent}:{tmp_path}",
+        }
+        jobs.append(Job(arguments, said, **environment))
+        assert jobs[-1].process.wait(200) == 2, said.read_text()
+        last = said.read_text().splitlines()[-1]
+        assert last.startswith("error[store-failed]: s3://night-outage/"), said.read_text()
+        assert list(out.rglob("*.parquet")) == []
+        (log,) = out.glob("_runs/*.log")
+        assert "INFO leafnet: tonight" not in log.read_text()  # from the work on
+        assert "INFO leafnet: device" in log.read_text()
+        kept = sum(len(pd.read_parquet(path)) for path in out.glob("_staging/*/part-*"))
+
+        proxy.away = False
+        jobs.append(Job(arguments, said, **environment))
+        assert jobs[-1].process.wait(200) == 0, said.read_text()
+    assert kept == 0 or f"goes on   {kept:,} photographs were finished" in said.read_text()
+    frame = pd.read_parquet(out).set_index("image")
+    assert len(frame) == 200
+    assert frame.index.is_unique
+    failed = frame[frame.status == "failed"]
+    assert list(failed.index) == [f"{images}/100.jpg"]
+    assert failed.reason.iloc[0] == "crashed: the decoder's process died on it (SIGSEGV)"
+    assert [path.suffix for path in sorted(out.glob("_runs/*"))] == [".json", ".log"]

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from leafnet import bundle, config, runs, shards, storage
+from leafnet import bundle, config, lock, runs, shards, storage, terminal
 from leafnet.config import EvaluateSettings, TrainSettings
-from leafnet.errors import UserError
+from leafnet.errors import EXIT_IN_USE, UserError
 from leafnet.shards import ShardIndex
 from tests.conftest import write_data_set
 
@@ -194,3 +194,68 @@ def test_evaluate_refuses_a_data_set_of_other_classes(
     )
     with pytest.raises(UserError, match="has the classes early_blight, healthy, late_blight"):
         runs.evaluate(EvaluateSettings(model=str(folder / "model"), shards=renamed.root))
+
+
+def dry_run(chosen: TrainSettings, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The plan of a dry run."""
+    code = terminal.run_job(lambda argv: runs.train(chosen), ["--json"])
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert code == 0, lines
+    assert "all is well" in lines[-2]["text"]
+    plan: dict[str, Any] = lines[-1]["plan"]
+    return plan
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(
+    local_ray: None, data_set: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = dry_run(settings(data_set, tmp_path / "new" / "runs", dry_run=True), capfd)
+    assert (plan["views"], plan["cached"]) == (36 * 3 + 18, 0)
+    assert plan["batches"] == 2 * (1 + 2) + 4  # two row groups a shard, and parts by themselves
+    assert plan["steps"] == 4 * 4
+    assert plan["views_per_second"] > 0
+    assert plan["features_seconds"] > 0
+    assert plan["fingerprint"] == data_set.fingerprint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_counts_what_is_cached(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = run
+    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*") if path.is_file()}
+    plan = dry_run(settings(data_set, folder.parent, name="b", dry_run=True), capfd)
+    assert (plan["views"], plan["cached"], plan["batches"]) == (126, 126, 0)
+    assert plan["views_per_second"] is None
+    size = sum(path.stat().st_size for path in (folder.parent / "features").rglob("*.parquet"))
+    assert plan["cache"] == pytest.approx(size, rel=0.1)
+    after = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_dry_run_finds_what_a_run_would_meet(
+    local_ray: None, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write to .*/runs: "):
+        runs.train(settings(data_set, tmp_path / "runs", dry_run=True))
+    with lock.hold(str(tmp_path / "leaves"), timeout_s=60), pytest.raises(UserError) as caught:
+        runs.train(settings(data_set, tmp_path, dry_run=True))
+    assert caught.value.exit_code == EXIT_IN_USE
+    root = tmp_path / "shards"
+    storage.upload_folder(data_set.root, str(root))
+    index = shards.read_index(str(root))
+    victim = root / "train-00000.parquet"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    with pytest.raises(UserError, match=r"train-00000\.parquet"):
+        runs.train(settings(index, tmp_path / "new", dry_run=True))
+
+
+def test_a_job_that_evaluates_has_its_log_beside_its_metrics(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex, tmp_path: Path
+) -> None:
+    out = tmp_path / "of_test.json"
+    model = str(run[1] / "model")
+    runs.evaluate(EvaluateSettings(model=model, shards=data_set.root, out=str(out)))
+    assert {path.name for path in tmp_path.iterdir()} == {"of_test.json", "of_test.log"}
+    assert "INFO leafnet: evaluate     9 of 9 images" in (tmp_path / "of_test.log").read_text()

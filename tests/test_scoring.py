@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from leafnet import demo, listing, scoring, shards, storage
+from leafnet.errors import UserError
 from leafnet.review import Review
 from leafnet.scoring import Decoded
+from tests.conftest import make_bucket, use_server
+from tests.s3_server import Server, free_port
 
 CLASSES = ("healthy", "late blight", "rust")
 
@@ -200,3 +203,61 @@ def test_schema_names_the_order_of_the_classes() -> None:
     schema = scoring.schema(("z", "ä"), model_id="m")
     assert schema.metadata[b"class_names"].decode() == '["z", "ä"]'
     assert [field.name for field in schema.field("probabilities").type] == ["z", "ä"]
+
+
+def test_careful_decoding_gives_the_same(tmp_path: Path) -> None:
+    rows = []
+    for i in range(5):
+        url = str(tmp_path / f"{i}.jpg")
+        storage.write_bytes(url, b"no" if i == 2 else jpeg(seed=i))
+        rows.append({"image": url})
+    table = numbered(rows)
+    careful = scoring.decode_photographs(
+        table, image_size=32, batch_size=4, max_pixels=1_000_000, careful=True
+    )
+    for found, expected in zip(careful, decode(table), strict=True):
+        assert found.photographs.equals(expected.photographs)
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+
+
+def test_a_store_that_is_away_is_no_affair_of_a_photograph(
+    moto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_server(monkeypatch, moto.environment() | {"AWS_MAX_ATTEMPTS": "1"})
+    bucket = make_bucket("scoring-outage")
+    storage.write_bytes(f"{bucket}/a.jpg", jpeg())
+    rows = [{"image": f"{bucket}/a.jpg"}, {"image": f"{bucket}/gone.jpg"}]
+    (stack,) = decode(numbered(rows))
+    assert stack.photographs["reason"].to_pylist() == [None, "not-found: it is not there"]
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    storage._filesystem.cache_clear()
+    with pytest.raises(UserError, match="cannot reach http") as caught:
+        decode(numbered(rows))
+    assert caught.value.reason == "no-network"
+    example = {"image": f"{bucket}/s.parquet#1", "version": "0" * 16, "row": 1}
+    with pytest.raises(UserError, match="cannot reach http"):
+        decode(numbered([example]))
+    storage._filesystem.cache_clear()
+
+
+def test_an_object_that_may_not_be_read_is_a_row(
+    radosgw: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_server(monkeypatch, radosgw.environment())
+    url = f"{make_bucket('scoring-no-access')}/a.jpg"
+    storage.write_bytes(url, jpeg())
+    for name, value in radosgw.reader.environment().items():
+        monkeypatch.setenv(name, value)
+    storage._filesystem.cache_clear()
+    (stack,) = decode(numbered([{"image": url}]))
+    (reason,) = stack.photographs["reason"].to_pylist()
+    assert reason.startswith("cannot-read: UserError: ")
+    assert "refuses reading" in reason
+    storage._filesystem.cache_clear()
+
+
+def test_a_host_of_the_web_that_is_away_is_a_row() -> None:
+    (stack,) = decode(numbered([{"image": f"http://127.0.0.1:{free_port()}/a.jpg"}]))
+    (reason,) = stack.photographs["reason"].to_pylist()
+    assert reason.startswith("cannot-read: ")

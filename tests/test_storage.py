@@ -473,3 +473,41 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(url: str) -> None:
 def test_a_local_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="/sys/leafnet/a: "):
         storage.write_bytes("/sys/leafnet/a", b"1")
+
+
+def test_rights_are_tried_and_nothing_stays(root: str) -> None:
+    storage.write_bytes(storage.join(root, "a", "mine"), b"1")
+    storage.try_rights(storage.join(root, "a"))
+    storage.try_rights(storage.join(root, "new", "runs"))
+    assert storage.list_names(root) == ["a"]
+    assert storage.list_names(storage.join(root, "a")) == ["mine"]
+
+
+def test_rights_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}/file/runs: ") as caught:
+        storage.try_rights(str(tmp_path / "file" / "runs"))
+    assert caught.value.reason == "cannot-write"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Who writes an object on radosgw may read it.
+@pytest.mark.parametrize(
+    ("actions", "refused"),
+    [(("ListBucket",), "writing"), (("ListBucket", "PutObject"), "deleting")],
+)
+def test_rights_that_are_not_there(
+    actions: tuple[str, ...],
+    refused: str,
+    bucket: str,
+    radosgw: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allow(bucket, "arn:aws:iam:::user/reader", *actions)
+    for name, value in radosgw.reader.environment().items():
+        monkeypatch.setenv(name, value)
+    storage._filesystem.cache_clear()
+    with pytest.raises(UserError, match="refuses") as caught:
+        storage.try_rights(f"{bucket}/runs")
+    assert caught.value.reason == "no-access"
+    assert f"refuses {refused}" in str(caught.value)

@@ -1,8 +1,10 @@
 """What a person sees, what goes to the log, and with which code a job ends."""
 
+import json
 import logging
 import os
 import pty
+import re
 import signal
 import stat
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from leafnet import terminal
+from leafnet import config, terminal
 from leafnet.errors import UserError
 from leafnet.terminal import say
 
@@ -41,6 +43,26 @@ def child(body: str, *arguments: object) -> list[str]:
 
 def run(body: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(child(body, *arguments), capture_output=True, text=True, timeout=60)
+
+
+def on_terminal(body: str, *arguments: object, columns: int = 100) -> str:
+    """What a terminal gets to see of a child."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
+    process = subprocess.Popen(
+        child(body, *arguments), stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=30) == 0
+    return shown.decode()
 
 
 # How jobs end
@@ -99,6 +121,8 @@ with terminal.chatter_to(Path(argv[0])):
 def test_interrupted_from_the_keyboard(tmp_path: Path, logged: bool) -> None:
     wait = "say('ready')\ntime.sleep(60)"
     if logged:
+        wait = f"terminal.keeps('checkpoints are kept in runs')\n{wait}"
+    if logged:
         inner = wait.replace("\n", "\n    ")
         wait = f"with terminal.chatter_to(Path(argv[0])):\n    {inner}"
     process = subprocess.Popen(
@@ -112,7 +136,8 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, logged: bool) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr == "interrupted; run the same command again to go on\n"
+    kept = ": checkpoints are kept in runs" if logged else ""
+    assert stderr == f"interrupted{kept}; run the same command again to go on\n"
 
 
 def test_help_is_not_an_error(capsys: Capture) -> None:
@@ -243,22 +268,7 @@ with terminal.chatter_to(Path(argv[0])), terminal.progress("read", 4) as advance
         print("a worker tells")
         time.sleep(0.3)
 """
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(
-        child(body, tmp_path / "job.log"), stdout=theirs, stderr=theirs, env=environment
-    )
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError:  # Linux says so when the other end is closed
-        pass
-    finally:
-        os.close(ours)
-    assert process.wait(timeout=30) == 0
-    text = shown.decode()
+    text = on_terminal(body, tmp_path / "job.log")
     assert "━" in text
     assert "2 of 4 images" in text
     assert "images/s" in text
@@ -269,3 +279,105 @@ with terminal.chatter_to(Path(argv[0])), terminal.progress("read", 4) as advance
     for chatter in ("a worker says", "a worker tells"):
         assert chatter not in text
         assert log.count(chatter) == 4
+
+
+# For machines, and for who wants to see it all
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    body = NOISE + "\nterminal.result(model='runs/a/model', accuracy=0.9)"
+    done = run(body, tmp_path / "job.log", "--json")
+    assert done.returncode == 0
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in lines] == [
+        *("message", "message", "table", "progress", "message", "result"),
+    ]
+    assert lines[2]["rows"] == [["rust [1]", "1"], ["a:leaf:", "20"]]
+    progress = lines[3]
+    assert (progress["stage"], progress["done"], progress["total"]) == ("read", 2, 2)
+    assert progress["unit"] == "images"
+    assert progress["rate"] > 0
+    assert lines[-1] == {
+        "event": "result",
+        "exit_code": 0,
+        "model": "runs/a/model",
+        "accuracy": 0.9,
+    }
+    log = (tmp_path / "job.log").read_text()
+    assert "INFO leafnet: for the person" in log
+    assert "INFO leafnet: read         2 of 2 images" in log
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "error"),
+    [
+        ("raise UserError('one-class', 'one class only')", 2, "one-class"),
+        ("raise KeyError('x')", 1, "internal"),
+        ("terminal.keeps('all is kept')\nraise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_json_of_what_went_wrong(body: str, code: int, error: str) -> None:
+    done = run(body, "--json")
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, last["exit_code"], last["error"]) == (code, code, error)
+    assert last["message"] in done.stderr
+
+
+def test_progress_in_json_lines(capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_JSON_INTERVAL_S", 0.05)
+
+    def job(argv: Sequence[str]) -> None:
+        with terminal.progress("read", 100, unit="MB") as advance:
+            advance(10)
+            time.sleep(0.06)
+            advance(20)
+            advance(70)
+
+    assert terminal.run_job(job, ["--json"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["done"] for line in lines[:-1]] == [30, 100]
+    say("a person again")
+    assert capfd.readouterr().out == "a person again\n"
+
+
+def test_verbose_shows_the_chatter_as_well(tmp_path: Path) -> None:
+    done = run(NOISE, tmp_path / "job.log", "--verbose")
+    assert done.returncode == 0
+    for noise in (
+        *("a library prints", "a library complains", "C++ writes", "C++ complains"),
+        *("a process started by a library", "a library logs"),
+    ):
+        assert done.stderr.count(noise) == 1
+        assert noise not in done.stdout
+        assert noise in (tmp_path / "job.log").read_text()
+    assert "for the person" in done.stdout
+    assert "for the person" not in done.stderr
+    assert done.stderr.endswith("after\n")
+
+
+def test_the_flags_of_the_terminal_are_in_the_help_of_each_job() -> None:
+    assert {f"--{name}" for name in config._OUTPUT} == set(terminal.FLAGS)
+
+
+ROWS = [
+    ("ok", "Python", "3.11.7", ""),
+    ("fault", "disk", "0.2 GB of 100.0 GB free in " + "/a/long/path" * 8, "make room " * 12),
+]
+
+
+def test_a_checklist_in_plain_lines(capfd: Capture) -> None:
+    terminal.checklist(ROWS)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "ok       Python         3.11.7"
+    assert lines[1].startswith("fault    disk           0.2 GB of 100.0 GB free in ")
+    assert any(line.startswith(" " * 24 + "mend: make room") for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_checklist_on_a_terminal(tmp_path: Path) -> None:
+    text = on_terminal(f"terminal.checklist({ROWS!r})", columns=160)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert max(map(len, plain.splitlines())) <= 100
+    assert "status" in plain.splitlines()[0]
+    assert "\x1b[32mok" in text
+    assert "make room" in plain

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--photographs", type=int, default=5000)
     parser.add_argument("--megapixels", type=float, help="enlarge them, with a sensor's noise")
+    parser.add_argument("--work", type=Path, help="keeps the photographs; temporary if none")
     parser.add_argument("--memory", help="counts of photographs, with commas between them")
     parser.add_argument("--part", choices=["bare", "stock", "full"], help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -58,22 +59,30 @@ def main() -> None:
         full(given.images, given.model)
     else:
         with tempfile.TemporaryDirectory(prefix="leafnet-bench-") as folder:
+            work = given.work or Path(folder)
             if given.memory:
                 memory(Path(folder), [int(count) for count in given.memory.split(",")])
             else:
-                speed(Path(folder), given.images, given.model, given.photographs, given.megapixels)
+                images = photographs(work, given.images, given.photographs, given.megapixels)
+                speed(Path(folder), images, given.model, compare=given.megapixels is not None)
 
 
-def speed(
-    folder: Path, given: Path | None, model: str | None, count: int, megapixels: float | None
-) -> None:
-    images = folder / "images"
+def photographs(work: Path, given: Path | None, count: int, megapixels: float | None) -> Path:
+    """The folder below `work` with what is scored, made if it is not there."""
+    images = work / f"images-{count}-{megapixels or 'small'}"
+    if images.exists():
+        return images
+    partial = work / "partial"
     if megapixels:
-        enlarge(given, images, count, megapixels)
+        enlarge(given, partial, count, megapixels)
     elif given:
-        repeat(given, images, count)
+        repeat(given, partial, count)
     else:
-        write_photographs(images, count)
+        write_photographs(partial, count)
+    return partial.rename(images)
+
+
+def speed(folder: Path, images: Path, model: str | None, *, compare: bool) -> None:
     model = model or write_model(folder / "model", image_size=256)
     of_stock = part("stock", "--images", images)
     columns = ("bare loop", "steady", "share", "to stock", "whole", "to stock")
@@ -84,7 +93,7 @@ def speed(
         flush=True,
     )
     with_int8 = bundle.load(model).int8 is not None
-    truth = part("full", "--images", images, "--model", model)["labels"] if megapixels else {}
+    truth = part("full", "--images", images, "--model", model)["labels"] if compare else {}
     for name, precision in ENGINES:
         if precision == "int8" and not with_int8:
             continue

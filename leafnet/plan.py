@@ -1,0 +1,116 @@
+"""What a training run will take: steps, passes, bytes and seconds. Arithmetic on counts alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from leafnet.backbone import FEATURES
+from leafnet.features import Part, Plan
+from leafnet.training import steps_per_epoch
+
+# Of each view in a part: the features in float16, and row, view and label.
+_VIEW_BYTES = FEATURES * 2 + 3 * 4
+# Of a part beside its views: Parquet's pages and footer.
+_PART_BYTES = 3_000
+# Seen here: a process that fits a head, the one that drives the job, and Ray's own together.
+_TENSORFLOW_BYTES, _DRIVER_BYTES, _RAY_BYTES = 900_000_000, 500_000_000, 600_000_000
+# Row groups of decoded photographs that are between the stages for each actor.
+_GROUPS_BETWEEN = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done."""
+
+    views: int  # of all splits
+    cached: int  # of them, how many are computed already
+    batches: int  # passes of the backbone for the others
+    steps_per_epoch: int
+    steps: int
+    batch_size: int  # global batch of the head
+
+
+@dataclass(frozen=True)
+class Room:
+    """What it takes [bytes]."""
+
+    cache: int  # of the features, all of them
+    cache_new: int  # of the features that are computed
+    local: int  # of the copy of the features on each node that fits the head
+    memory: int  # of a node, at most
+
+
+def work(
+    cached: Plan,
+    *,
+    batch_size: int,
+    train_examples: int,
+    global_batch: int,
+    epochs: int,
+) -> Work:
+    """The steps of a run.
+
+    Args:
+        cached: what the features' cache has and lacks.
+        batch_size: views in a pass of the backbone.
+        train_examples: in the training split.
+        global_batch: examples of a step of the head.
+        epochs: of the head.
+    """
+    batch = min(global_batch, train_examples)
+    steps = steps_per_epoch(train_examples, batch)
+    return Work(
+        views=views(cached.parts),
+        cached=views(cached.present),
+        # A part is computed by itself, and its last batch is often not full.
+        batches=sum(-(-views([part]) // batch_size) for part in cached.missing),
+        steps_per_epoch=steps,
+        steps=steps * epochs,
+        batch_size=batch,
+    )
+
+
+def views(parts: Sequence[Part]) -> int:
+    """Views in `parts`."""
+    return sum(part.rows * (part.stop - part.first) for part in parts)
+
+
+def cache_bytes(parts: Sequence[Part]) -> int:
+    """Bytes of the files of `parts`."""
+    return views(parts) * _VIEW_BYTES + len(parts) * _PART_BYTES
+
+
+def local_bytes(examples: Mapping[str, int], views: int) -> int:
+    """Bytes of the arrays that a node maps: features and labels of every split.
+
+    >>> local_bytes({"train": 1000, "valid": 10, "test": 0}, views=8)
+    32813000
+    """
+    total = sum(examples.values())
+    vectors = examples["train"] * views + total - examples["train"]
+    return vectors * FEATURES * 2 + total * 4
+
+
+def node_memory(
+    *, actors: int, actor_bytes: int, workers: int, row_group: int, image_size: int
+) -> int:
+    """Bytes that a node needs: while features are computed, or while the head is fitted.
+
+    Args:
+        actors: processes with the network on the node; 0: all features are there.
+        actor_bytes: of each.
+        workers: processes that fit the head on the node.
+        row_group: rows of the largest.
+        image_size: pixels.
+    """
+    between = actors * _GROUPS_BETWEEN * row_group * image_size**2 * 3
+    stages = (actors * actor_bytes + between, workers * _TENSORFLOW_BYTES)
+    return _RAY_BYTES + _DRIVER_BYTES + max(stages)
+
+
+def seconds(missing: int, rate: float, actors: int) -> float:
+    """Seconds for `missing` views where each of `actors` computes `rate` of them a second.
+
+    >>> seconds(7800, 39.0, 2)
+    100.0
+    """
+    return missing / (rate * actors)

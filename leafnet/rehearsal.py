@@ -1,0 +1,289 @@
+"""`jobs/train.py --dry-run`: all that a run needs is tried, its plan is told, and nothing stays."""
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+
+from leafnet import backbone, cluster, features, machine, plan, shards, storage, terminal
+from leafnet.config import SPLITS, TrainSettings
+from leafnet.errors import UserError
+from leafnet.machine import Machine
+from leafnet.shards import Shard, ShardIndex
+from leafnet.terminal import say
+
+# A process computes at most so many views on CPUs at a time, and so many batches or seconds, to
+# tell how fast it is.
+_VIEWS, _BATCHES, _SECONDS = 16, 4, 2.0
+
+
+class _Rate(NamedTuple):
+    """What a process with the network does, as measured."""
+
+    per_second: float  # views
+    memory: int  # bytes, its peak
+
+
+def run(
+    settings: TrainSettings,
+    run: str,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    *,
+    views: int,
+) -> None:
+    """Check what the driver has not yet checked, on every node, and print the plan.
+
+    Args:
+        settings: of the run.
+        run: its folder or URL, which need not exist.
+        index: of the data set, its shards' sizes checked.
+        weights: loaded.
+        views: of each training image.
+
+    Raises:
+        UserError: a store refuses, a node has other versions or does not see the data, or a disk
+            is too small.
+    """
+    began = time.monotonic()
+    terminal.keeps("it was a dry run, there is nothing to keep")
+    cache = storage.absolute(settings.cache.url or storage.join(settings.out, "features"))
+    stores = tuple(dict.fromkeys((settings.out, cache)))
+    with _quiet(), cluster.session(settings.ray) as nodes:
+        say(f"dry run   {run}: nothing is trained, and nothing stays")
+        _say_data(index)
+        say(f"weights   {weights.source}, fingerprint {weights.fingerprint[:16]}")
+        found = cluster.on_every_node(_look, index.root, _sample(index), stores)
+        _say_nodes(found)
+        say(f"storage   written, read, listed and deleted: {', '.join(stores)}")
+        machines = cluster.machines(nodes, settings.gpu)
+        workers, _ = cluster.workers_for(nodes, settings.workers, machines.gpus)
+        precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
+        batch_size = cluster.batch_size(settings.batch_size, gpus=machines.gpus)
+        say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
+        key = features.cache_key(
+            weights_fingerprint=weights.fingerprint,
+            image_size=settings.image_size,
+            precision=precision,
+        )
+        root = storage.join(cache, key)
+        wanted = [(shard, views if shard.split == "train" else 1) for shard in index.shards]
+        cached = features.plan(root, wanted, seed=settings.seed)
+        work = plan.work(
+            cached,
+            batch_size=batch_size,
+            train_examples=index.examples("train"),
+            global_batch=settings.head.batch_size,
+            epochs=settings.head.epochs,
+        )
+        say(
+            f"features  {work.views:,} views, {work.cached:,} of them computed already; "
+            f"{work.batches:,} batches of {batch_size} to go"
+        )
+        say(f"          cache {root}")
+        say(
+            f"head      {settings.head.epochs} epochs of {work.steps_per_epoch:,} steps = "
+            f"{work.steps:,}; global batch {work.batch_size}, "
+            f"{work.batch_size / workers:g} on each of {workers} worker{'s' * (workers > 1)}"
+        )
+        measured = None
+        if cached.missing:
+            task = ray.remote(
+                num_cpus=machines.cpus_per_actor, num_gpus=1 if machines.gpus else 0, max_calls=1
+            )(_measure)
+            measured = ray.get(
+                task.remote(
+                    weights.convolutions,
+                    settings.image_size,
+                    precision,
+                    batch_size,
+                    machines.threads_per_actor,
+                    machines.gpus > 0,
+                )
+            )
+    examples = {split: index.examples(split) for split in SPLITS}
+    room = plan.Room(
+        cache=plan.cache_bytes(cached.parts),
+        cache_new=plan.cache_bytes(cached.missing),
+        local=plan.local_bytes(examples, views),
+        memory=plan.node_memory(
+            actors=-(-machines.actors // len(nodes)) if measured else 0,
+            actor_bytes=measured.memory if measured else 0,
+            workers=-(-workers // len(nodes)),
+            row_group=max(max(shard.row_groups) for shard in index.shards),
+            image_size=settings.image_size,
+        ),
+    )
+    _say_room(room, cache, found)
+    seconds = None
+    if measured:
+        seconds = plan.seconds(work.views - work.cached, measured.per_second, machines.actors)
+        say(
+            f"time      {terminal.duration(seconds)} for the features: {machines.actors} "
+            f"process{'es' * (machines.actors > 1)}, {measured.per_second:,.1f} views/s each, as "
+            "just measured"
+        )
+        say("          start and head come on top")
+    else:
+        say("time      that of the start and the head; all features are there")
+    if settings.features == "online":
+        passes = settings.head.epochs * index.examples("train")
+        say(f"          and the network over {passes:,} more views, as --features online wants")
+    _refuse_small_disks(room, cache, found)
+    terminal.result(
+        run=run,
+        plan={
+            **vars(work),
+            **vars(room),
+            "views_per_second": measured and round(measured.per_second, 2),
+            "features_seconds": seconds and round(seconds, 1),
+            "precision": precision,
+            "workers": workers,
+            "gpus": machines.gpus,
+            "fingerprint": index.fingerprint,
+            "weights_fingerprint": weights.fingerprint,
+        },
+    )
+    say(f"all is well; checked in {terminal.duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries print goes to a log that stays only where something of ours is wrong."""
+    folder = Path(tempfile.mkdtemp(prefix="leafnet-"))
+    keep = False
+    try:
+        with terminal.chatter_to(folder / "dry-run.log"):
+            yield
+    except Exception as error:
+        keep = not isinstance(error, UserError)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sample(index: ShardIndex) -> tuple[Shard, ...]:
+    """The first shard of each split."""
+    return tuple(index.of_split(split)[0] for split in SPLITS if index.of_split(split))
+
+
+def _look(root: str, sample: tuple[Shard, ...], stores: tuple[str, ...]) -> Machine:
+    """What the node is, once it has shown that it can read the data and write the results."""
+    found = machine.look()
+    for shard in sample:
+        try:
+            rows = shards.read_columns(root, shard, ["label"]).num_rows
+        except FileNotFoundError:
+            raise UserError(
+                "shards-not-shared",
+                f"{storage.join(root, shard.name)} is not on the machine {found.host}; give "
+                "--shards as a URL or on a shared disk",
+            ) from None
+        if rows != shard.rows:
+            raise UserError(
+                "shard-changed",
+                f"{storage.join(root, shard.name)} has {rows:,} rows, the index says "
+                f"{shard.rows:,}; prepare the data set again",
+            )
+    for store in stores:
+        storage.try_rights(store)
+    return found
+
+
+def _measure(
+    weights: Any, image_size: int, precision: str, batch_size: int, threads: int, gpu: bool
+) -> _Rate:
+    """How fast a process computes features, once it has started."""
+    backbone.limit_threads(threads, gpu=gpu)
+    network = backbone.build(weights, image_size=image_size, precision=precision)
+    views = batch_size if gpu else min(batch_size, _VIEWS)
+    stack = np.zeros((views, image_size, image_size, 3), np.uint8)
+    network.predict_on_batch(stack)  # the first time it is compiled
+    began, batches = time.monotonic(), 0
+    while batches < _BATCHES and time.monotonic() - began < _SECONDS:
+        network.predict_on_batch(stack)
+        batches += 1
+    rate = batches * views / (time.monotonic() - began)
+    return _Rate(rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _say_data(index: ShardIndex) -> None:
+    counts = "/".join(f"{index.examples(split):,}" for split in SPLITS)
+    size = sum(shard.bytes for shard in index.shards)
+    say(
+        f"data      {counts} images for train/valid/test, {len(index.class_names)} classes, "
+        f"{len(index.shards):,} shards of {size / 1e6:,.1f} MB in all"
+    )
+    say(f"          fingerprint {index.fingerprint[:16]}; every shard has the size of the index")
+
+
+def _say_nodes(found: dict[str, Machine]) -> None:
+    for name, node in found.items():
+        gpus = f"{len(node.gpus)} GPUs, " if node.gpus else ""
+        say(
+            f"node      {name}: {node.cores} cores, {gpus}{_gb(node.memory_free)} of "
+            f"{_gb(node.memory)} memory and {_gb(node.disk_free)} of disk free"
+        )
+    lines = machine.differing({name: _comparable(node.versions) for name, node in found.items()})
+    if lines:
+        raise UserError(
+            "versions-differ", f"{lines[0]}; install the same on all, see constraints.txt"
+        )
+    versions = next(iter(found.values())).versions
+    shown = {name: versions[name] for name in ("python", "tensorflow", "keras", "ray", "leafnet")}
+    say("versions  " + ", ".join(f"{name} {version}" for name, version in shown.items()))
+
+
+def _comparable(versions: dict[str, str]) -> dict[str, str]:
+    """Of Python the minor version, since pickles of one read on all of its patches."""
+    return versions | {"python": ".".join(versions["python"].split(".")[:2])}
+
+
+def _say_room(room: plan.Room, cache: str, found: dict[str, Machine]) -> None:
+    folder = next(iter(found.values())).folder
+    say(
+        f"disk      {_mb(room.cache_new)} of features to come, {_mb(room.cache)} with those there, "
+        f"in {cache}"
+    )
+    say(f"          {_mb(room.local)} in {folder} of each node that fits the head, while it does")
+    least = min(node.memory_free for node in found.values())
+    say(f"memory    about {_gb(room.memory)} on a node; {_gb(least)} are free on the fullest")
+    if room.memory > least:
+        say(
+            "          that is too little: end what else runs there, or give a smaller --batch_size"
+        )
+
+
+def _refuse_small_disks(room: plan.Room, cache: str, found: dict[str, Machine]) -> None:
+    for name, node in found.items():
+        if room.local > node.disk_free:
+            raise UserError(
+                "disk-full",
+                f"{node.folder} of {name} has {_mb(node.disk_free)} free, and the features take "
+                f"{_mb(room.local)}; make room, set TMPDIR to a larger disk, or give fewer --views",
+            )
+    if storage.is_local(cache):
+        there = next(path for path in (Path(cache), *Path(cache).parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if room.cache_new > free:
+            raise UserError(
+                "disk-full",
+                f"{cache} has {_mb(free)} free, and the features take {_mb(room.cache_new)}; make "
+                "room, give another --cache.url, or fewer --views",
+            )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
