@@ -33,14 +33,18 @@ from leafnet import (
     terminal,
 )
 from leafnet.classifier import Head, fold_standardisation
-from leafnet.config import SPLITS, EvaluateSettings, TrainSettings
+from leafnet.config import SPLITS, DataSettings, EvaluateSettings, TrainSettings
 from leafnet.errors import UserError
+from leafnet.local_cache import LocalCache
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
 from leafnet.training import steps_per_epoch
 
 # Settings that change where and how fast a run computes, and not what.
-_PLACEMENT = ("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray.")
+_PLACEMENT = (
+    *("out", "shards", "workers", "gpu", "batch_size"),
+    *("data.", "cache.", "checkpoint.", "ray."),
+)
 
 
 class _Features(NamedTuple):
@@ -61,7 +65,7 @@ def train(settings: TrainSettings) -> None:
         update={"out": storage.absolute(settings.out), "shards": storage.absolute(settings.shards)}
     )
     run = storage.join(settings.out, settings.name)
-    index = shards.read_index(settings.shards)
+    index = _read_index(settings.shards, settings.data)
     shards.check_sizes(index)
     _check_data(index)
     _check_search(settings, index)
@@ -76,12 +80,20 @@ def train(settings: TrainSettings) -> None:
         _train(settings, run, index)
 
 
+def _read_index(root: str, settings: DataSettings) -> ShardIndex:
+    cache = None
+    if settings.local_cache is not None:
+        cache = LocalCache(settings.local_cache, settings.local_cache_gb)
+    return replace(shards.read_index(root), cache=cache)
+
+
 def _train(settings: TrainSettings, run: str, index: ShardIndex) -> None:
     began = time.monotonic()
     # What can be refused is refused before a machine is taken.
     weights = backbone.load_weights(settings.weights, seed=settings.seed)
     storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
-    with cluster.session(settings.ray) as nodes:
+    with cluster.session(settings.ray) as found:
+        nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
         _train_on(nodes, settings, run, index, weights, began)
 
 
@@ -446,6 +458,7 @@ def _head_job(
             precision=precision,
             augment=settings.augment,
             batch_size=batch_size,
+            shards_cache=index.cache,
         )
     return fitting.HeadJob(
         head=settings.head,
@@ -634,7 +647,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         UserError: no model, no data set, or they have other classes.
     """
     model = bundle.load(settings.model)
-    index = shards.read_index(settings.shards)
+    index = _read_index(settings.shards, settings.data)
     shards.check_sizes(index)
     if model.class_names != index.class_names:
         raise UserError(
@@ -651,7 +664,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
     with terminal.chatter_to(log):
-        with cluster.session(settings.ray) as nodes:
+        with cluster.session(settings.ray) as found:
+            nodes = cluster.with_gpus(found, settings.gpu, "auto", settings.ray, say)
             machines = cluster.machines(nodes, settings.gpu)
             precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
             total = sum(index.examples(split) for split in splits)
