@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import ray
+import ray.autoscaler.sdk
 import ray.data
 import ray.exceptions
 import ray.train
@@ -23,6 +25,7 @@ from leafnet.errors import UserError
 _MAX_THREADS = 4
 _CPU_BATCH, _GPU_BATCH = 32, 256
 _POLL_S = 0.25
+_WAIT_POLL_S = 1.0
 _CONNECT_S = 10.0
 
 # Ray Data's shuffles ask for worker processes of their own by the last two variables, and to start
@@ -100,11 +103,7 @@ def session(
     # Ray Data draws bars of its own; leafnet shows one for each stage.
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield [
-            Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            for node in _ray_nodes()
-            if node["Alive"]
-        ]
+        yield _nodes()
     except ray.exceptions.RayTaskError as error:
         # Ray's own text is the stack trace of the task; what the person can mend is its cause, to
         # whose one line Ray Data adds lines on its settings.
@@ -139,6 +138,56 @@ def _check_listening(address: str) -> None:
 
 def _ray_nodes() -> list[dict[str, Any]]:
     return list(ray.nodes())
+
+
+def _nodes() -> list[Node]:
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in _ray_nodes()
+        if node["Alive"]
+    ]
+
+
+def with_gpus(
+    nodes: list[Node],
+    gpu: bool | Literal["auto"],
+    workers: int | Literal["auto"],
+    settings: RaySettings,
+    say: Callable[[str], None],
+) -> list[Node]:
+    """`nodes`, or those of a cluster that was asked for GPUs and waited for, with `--gpu true`.
+
+    The plan of a job is made once, when it starts: one that was made while the autoscaler has no
+    GPU would stay on CPUs. Without `--gpu true` nobody knows whether to wait.
+    """
+    wanted = 1 if workers == "auto" else workers
+    if gpu is not True or _gpus(nodes) >= wanted or _is_local(settings):
+        return nodes
+    until = time.monotonic() + settings.wait
+    say(
+        f"waiting   for {wanted} GPU{'s' * (wanted > 1)}, of which the cluster has "
+        f"{_gpus(nodes):g}, at most {settings.wait:g} s (--ray.wait)"
+    )
+    bundles = [{"GPU": 1}] * wanted
+    # Without an autoscaler nobody reads it.
+    ray.autoscaler.sdk.request_resources(bundles=bundles)
+    try:
+        while _gpus(nodes) < wanted and time.monotonic() < until:
+            time.sleep(_WAIT_POLL_S)
+            nodes = _nodes()
+    finally:
+        # What runs keeps its machines; a request that stays would keep them for ever.
+        ray.autoscaler.sdk.request_resources(bundles=[])
+    return nodes
+
+
+def _gpus(nodes: list[Node]) -> float:
+    return sum(node.gpus for node in nodes)
+
+
+def _is_local(settings: RaySettings) -> bool:
+    """True for a Ray of this job's own, which nothing will join."""
+    return settings.address is None and "RAY_ADDRESS" not in os.environ
 
 
 class Machines(NamedTuple):

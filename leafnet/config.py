@@ -60,6 +60,12 @@ class RaySettings(Settings):
     cpus: int | None = Field(
         None, ge=1, description="logical CPUs of a local Ray [CPUs]; none: the machine's"
     )
+    wait: float = Field(
+        900.0,
+        ge=0,
+        description="with --gpu true: how long a cluster may take to start machines with GPUs "
+        "that it has not yet [s]",
+    )
 
 
 class PrepareSettings(Settings):
@@ -174,6 +180,31 @@ class CacheSettings(Settings):
     )
 
 
+class DataSettings(Settings):
+    """How shards are read."""
+
+    local_cache: str | None = Field(
+        None,
+        description="folder on a fast disk of each machine for copies of the shards that it reads, "
+        "such as /mnt/nvme/leafnet; none: each read asks the store",
+    )
+    local_cache_gb: float = Field(
+        100.0,
+        gt=0,
+        description="the shards that were read least recently make room above this, on each "
+        "machine [GB]",
+    )
+
+    @field_validator("local_cache")
+    @classmethod
+    def _on_a_disk(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not storage.is_local(value):
+            raise ValueError("must be a folder on a disk, not a URL")
+        return storage.absolute(value)
+
+
 class CheckpointSettings(Settings):
     """How often the state of training is saved."""
 
@@ -262,6 +293,7 @@ class TrainSettings(Settings):
         "dead, and its output is taken over [s]",
     )
     head: HeadSettings = HeadSettings()
+    data: DataSettings = DataSettings()
     cache: CacheSettings = CacheSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     ray: RaySettings = RaySettings()
@@ -283,6 +315,7 @@ class EvaluateSettings(Settings):
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
     batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
+    data: DataSettings = DataSettings()
     ray: RaySettings = RaySettings()
 
 

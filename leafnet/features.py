@@ -38,6 +38,7 @@ MAX_TURN = 0.2
 _AUGMENTATION = f"flips, rotation {MAX_TURN}, reflect, version 1"
 
 _USED = "used.json"
+_AT_ONCE_BYTES = 256_000_000  # of parts that are read at the same time
 
 
 def draw_view(pixels: Pixels, *, key: str, number: int, seed: int) -> Pixels:
@@ -227,8 +228,8 @@ class DamagedParts(Exception):
 def assemble(root: str, parts: Sequence[Part], views: int, *, path: str) -> SplitFeatures:
     """One memory-mapped array at `path` (a local file) of all `parts` of a split.
 
-    Features larger than memory work: parts are copied one at a time, and what is mapped is paged
-    in as it is used.
+    Features larger than memory work: a few parts are read at a time, and what is mapped is paged in
+    as it is used.
 
     Raises:
         DamagedParts: some parts cannot be read.
@@ -246,8 +247,10 @@ def assemble(root: str, parts: Sequence[Part], views: int, *, path: str) -> Spli
     )
     labels = np.zeros(total, np.int32)
     damaged = []
-    for part in parts:
-        read = read_part(root, part)
+    largest = max(part.rows * (part.stop - part.first) for part in parts) * FEATURES * 2
+    at_once = max(1, min(storage.AT_ONCE, _AT_ONCE_BYTES // largest))
+    found = storage.each(lambda part: read_part(root, part), parts, at_once=at_once)
+    for part, read in zip(parts, found, strict=True):
         if read is None:
             damaged.append(part.name)
             continue

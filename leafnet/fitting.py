@@ -30,6 +30,7 @@ from leafnet.classifier import Head, fold_standardisation, head_logits
 from leafnet.config import SPLITS, HeadSettings
 from leafnet.features import Part, SplitFeatures
 from leafnet.images import decode
+from leafnet.local_cache import LocalCache
 from leafnet.metrics import Tally, empty_tally, tally
 from leafnet.novelty import Novelty
 from leafnet.review import Outcomes
@@ -66,6 +67,7 @@ class Online:
     precision: str
     augment: bool
     batch_size: int
+    shards_cache: LocalCache | None = None  # as `ShardIndex.cache`
 
 
 @dataclass
@@ -273,7 +275,7 @@ def _online_views(job: HeadJob, online: Online, place: Place) -> training.Gather
     tables = [
         table.select(["key", "image"])
         for shard in online.shards
-        for table in shards.row_groups(online.root, shard)
+        for table in shards.row_groups(online.root, shard, cache=online.shards_cache)
     ]
     keys = [key for table in tables for key in table.column("key").to_pylist()]
     images = [image for table in tables for image in table.column("image").to_pylist()]

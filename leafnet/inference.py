@@ -204,7 +204,7 @@ def _quantize(
 def _photographs(index: ShardIndex, split: str, image_size: int) -> Iterator[tuple[Pixels, int]]:
     """(pixels, label) of each example of `split`, in the order of its cached features."""
     for shard in sorted(index.of_split(split), key=lambda shard: shard.name):
-        for table in shards.row_groups(index.root, shard):
+        for table in shards.row_groups(index.root, shard, cache=index.cache):
             images, labels = table.column("image").to_pylist(), table.column("label").to_pylist()
             for image, label in zip(images, labels, strict=True):
                 yield decode(image, image_size).pixels, label
@@ -229,7 +229,7 @@ def _over_shards(
     def decode_shard(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for name in batch["shard"]:
             groups = None if wanted is None else wanted[name]
-            yield from _decoded_groups(index.root, by_name[name], groups, image_size)
+            yield from _decoded_groups(index, by_name[name], groups, image_size)
 
     return (
         ray.data.from_arrow(items)
@@ -257,9 +257,9 @@ def _useful(machines: Machines, wanted_shards: Sequence[Shard]) -> int:
 
 
 def _decoded_groups(
-    root: str, shard: Shard, groups: set[int] | None, image_size: int
+    index: ShardIndex, shard: Shard, groups: set[int] | None, image_size: int
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    for i, table in enumerate(shards.row_groups(root, shard)):
+    for i, table in enumerate(shards.row_groups(index.root, shard, cache=index.cache)):
         if groups is not None and i not in groups:
             continue
         pixels = np.stack(

@@ -295,7 +295,8 @@ def adopt(staging: Staging, photographs: pa.Table, difference: Difference) -> Bo
     """
     listed = keys(photographs)
     done = np.zeros(photographs.num_rows, bool)
-    read = [(name, staging.read(name).select(_KEYS)) for name in staging.kept]
+    kept = storage.each(lambda name: staging.read(name).select(_KEYS), staging.kept)
+    read = list(zip(staging.kept, kept, strict=True))
     if not read:
         return done
     found = places(listed, pa.concat_tables([table for _, table in read]))
@@ -366,8 +367,9 @@ def _grouped(staging: Staging) -> Iterator[pa.Table]:
     """The rows of all parts, a row group at a time, each by image: neighbours compress well."""
     waiting: list[pa.Table] = []
     rows = 0
-    for name in staging.kept:
-        waiting.append(staging.read(name))
+    # A few parts at a time, which a long night fills with tens of thousands of rows each.
+    for table in storage.each(staging.read, staging.kept, at_once=_READERS // 4):
+        waiting.append(table)
         rows += waiting[-1].num_rows
         if rows >= _ROW_GROUP:
             together = pa.concat_tables(waiting).combine_chunks()

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from leafnet import shards, sources, storage
 from leafnet.errors import UserError
+from leafnet.shards import Shard
 
 Kind = Literal["folder", "prefix", "glob", "list", "shards", "file"]
 
@@ -62,14 +63,14 @@ def look(images: str) -> Listing:
     """
     images = storage.absolute(images)
     fs, path = storage.filesystem(images)
-    if fs.isfile(path):
+    if storage.is_file(images):
         name = posixpath.basename(path)
         if name == shards.INDEX_NAME and _is_index(images):
             return _of_shards(posixpath.dirname(images))
         if posixpath.splitext(name)[1].lower() in _LISTS:
             return _of_list(images)
         return Listing(images, "file", _table([_described(images)]), ())
-    if fs.isdir(path):
+    if storage.is_folder(images):
         if _is_index(storage.join(images, shards.INDEX_NAME)):
             return _of_shards(images)
         return _of_files(images, "folder", _in_folder(images))
@@ -310,25 +311,24 @@ def _from_parquet(url: str) -> tuple[list[str], list[str | None] | None]:
 
 def _of_shards(root: str) -> Listing:
     index = shards.read_index(root)
-    tables = []
-    for shard in index.shards:
-        url = storage.join(index.root, shard.name)
-        try:
-            with storage.open_file(url) as file:
-                keys = pq.ParquetFile(file).read(columns=["key"])["key"].combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                "shard-missing", f"cannot read {url} ({error}); prepare the data set again"
-            ) from None
-        rows = len(keys)
-        tables.append(
-            pa.table(
-                {
-                    "image": pc.binary_join_element_wise(url, keys.cast(pa.string()), "#"),
-                    "version": pa.array([shard.sha256[:16]] * rows),
-                    "size": pa.nulls(rows, pa.int64()),
-                    "row": pa.array(range(rows), pa.int32()),
-                },
-            ).cast(SCHEMA)
-        )
+    tables = storage.each(lambda shard: _of_shard(index.root, shard), index.shards)
     return Listing(root, "shards", pa.concat_tables(tables), ())
+
+
+def _of_shard(root: str, shard: Shard) -> pa.Table:
+    url = storage.join(root, shard.name)
+    try:
+        keys = shards.read_columns(root, shard, ["key"])["key"].combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            "shard-missing", f"cannot read {url} ({error}); prepare the data set again"
+        ) from None
+    rows = len(keys)
+    return pa.table(
+        {
+            "image": pc.binary_join_element_wise(url, keys.cast(pa.string()), "#"),
+            "version": pa.array([shard.sha256[:16]] * rows),
+            "size": pa.nulls(rows, pa.int64()),
+            "row": pa.array(range(rows), pa.int32()),
+        },
+    ).cast(SCHEMA)

@@ -224,7 +224,8 @@ def _score(
     began = time.monotonic()
     numbered = photographs.photographs.append_column("place", pa.array(np.arange(len(missing))))
     chosen = numbered.filter(pa.array(missing)).combine_chunks()
-    with cluster.session(settings.ray) as nodes:
+    with cluster.session(settings.ray) as found:
+        nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
         pool = _pool(nodes, settings)
         best_float, why = cluster.choose_precision("auto", gpu=pool.gpus > 0)
         chosen_engine = _choose(settings, model, gpu=pool.gpus > 0, best_float=best_float)

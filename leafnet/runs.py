@@ -36,8 +36,9 @@ from leafnet import (
     terminal,
 )
 from leafnet.classifier import Head, fold_standardisation
-from leafnet.config import SPLITS, EvaluateSettings, TrainSettings
+from leafnet.config import SPLITS, DataSettings, EvaluateSettings, TrainSettings
 from leafnet.errors import UserError
+from leafnet.local_cache import LocalCache
 from leafnet.lock import Lock
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
@@ -45,8 +46,8 @@ from leafnet.training import steps_per_epoch
 
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
-    *("out", "shards", "workers", "gpu", "batch_size", "cache.", "checkpoint.", "ray."),
-    *("dry_run", "lock_timeout"),
+    *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout"),
+    *("data.", "cache.", "checkpoint.", "ray."),
 )
 
 
@@ -69,7 +70,7 @@ def train(settings: TrainSettings) -> None:
         update={"out": storage.absolute(settings.out), "shards": storage.absolute(settings.shards)}
     )
     run = storage.join(settings.out, settings.name)
-    index = shards.read_index(settings.shards)
+    index = _read_index(settings.shards, settings.data)
     shards.check_sizes(index)
     _check_data(index)
     _check_search(settings, index)
@@ -93,8 +94,16 @@ def train(settings: TrainSettings) -> None:
             terminal.keeps(f"features and checkpoints are kept in {settings.out}")
             say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
             storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
-            with cluster.session(settings.ray) as nodes:
+            with cluster.session(settings.ray) as found:
+                nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
                 _train_on(nodes, settings, run, index, weights, began, held)
+
+
+def _read_index(root: str, settings: DataSettings) -> ShardIndex:
+    cache = None
+    if settings.local_cache is not None:
+        cache = LocalCache(settings.local_cache, settings.local_cache_gb)
+    return replace(shards.read_index(root), cache=cache)
 
 
 def _nothing_to_do(run: str, settings: TrainSettings, index: ShardIndex) -> bool:
@@ -472,6 +481,7 @@ def _head_job(
             precision=precision,
             augment=settings.augment,
             batch_size=batch_size,
+            shards_cache=index.cache,
         )
     return fitting.HeadJob(
         head=settings.head,
@@ -668,7 +678,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         UserError: no model, no data set, or they have other classes.
     """
     model = bundle.load(settings.model)
-    index = shards.read_index(settings.shards)
+    index = _read_index(settings.shards, settings.data)
     shards.check_sizes(index)
     if model.class_names != index.class_names:
         raise UserError(
@@ -685,7 +695,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
     terminal.keeps("nothing of the evaluation is kept")
     with _evaluation_log(settings.out) as log:
-        with cluster.session(settings.ray) as nodes:
+        with cluster.session(settings.ray) as found:
+            nodes = cluster.with_gpus(found, settings.gpu, "auto", settings.ray, say)
             machines = cluster.machines(nodes, settings.gpu)
             precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
             total = sum(index.examples(split) for split in splits)

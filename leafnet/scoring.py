@@ -11,7 +11,6 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -34,13 +33,11 @@ Array = NDArray[np.float32]
 # Reasons that another night may find gone. All others are of the bytes, which do not change
 # without the version.
 PASSING = ("cannot-read", "not-found", "needs-heif")
+# Reasons that are of an S3 store as a whole: keys that expired, a server that is away.
+_OF_THE_STORE = storage.UNREACHABLE | {"wrong-keys", "no-keys", "clock-skew"}
 
 # A table's binary column holds less than 2 GiB, and no photograph has half of it.
 _MAX_IMAGE_BYTES = 512_000_000
-# Object stores answer after tens of milliseconds; so many photographs are asked for at once.
-_READ_AHEAD = 16
-# Reasons of `storage` that may be those of one object; all others are the whole store's.
-_OF_ONE_OBJECT = frozenset({"no-access", "store-refused", "bad-url"})
 
 # What is known of a photograph before the network has seen it. Rows without a reason have pixels.
 PHOTOGRAPH = pa.schema(
@@ -182,16 +179,7 @@ def _read_all(listed: pa.Table) -> Iterator[tuple[dict[str, Any], bytes | ImageE
         for row in rows:
             yield row, _read(row)
     else:
-        with ThreadPoolExecutor(_READ_AHEAD) as pool:
-            # A window, not `pool.map`: that would hold every photograph of the block at once.
-            window: deque[tuple[dict[str, Any], Future[bytes | ImageError]]] = deque()
-            for row in rows:
-                window.append((row, pool.submit(_read, row)))
-                if len(window) == _READ_AHEAD:
-                    first, future = window.popleft()
-                    yield first, future.result()
-            for row, future in window:
-                yield row, future.result()
+        yield from zip(rows, storage.each(_read, rows), strict=True)
 
 
 def _read(row: dict[str, Any]) -> bytes | ImageError:
@@ -208,7 +196,8 @@ def _read(row: dict[str, Any]) -> bytes | ImageError:
         return storage.read_bytes(url)
     # Every filesystem has errors of its own, and what is wrong with one file must not end the job.
     except Exception as error:
-        _raise_outage(url, error)
+        if _ends_the_job(error, url):
+            raise
         if isinstance(error, FileNotFoundError):
             if "\\udc" in url:
                 return ImageError("bad-name", "its name is not valid UTF-8; rename the file")
@@ -233,19 +222,27 @@ def _read_shard(
                 yield row, table["image"][row["row"] - first].as_py()
             first += table.num_rows
     except (OSError, pa.ArrowException, UserError) as error:
-        _raise_outage(url, error)
+        if _ends_the_job(error, url):
+            raise
         for row in waiting:
             yield row, ImageError("cannot-read", f"the shard: {_one_line(error)}")
 
 
-def _raise_outage(url: str, error: Exception) -> None:
-    """Raise `error` where it is the store's: no photograph of the night could be read then.
+def _ends_the_job(error: Exception, url: str) -> bool:
+    """True when the store of `url` is away, and not this one file.
 
-    A URL of the web has a host of its own, and what is wrong with that is the photograph's affair.
+    As rows that would be a night of photographs that could not be read, each after a minute of
+    trying; an error ends the job, and the same command goes on later.
     """
-    of_store = isinstance(error, UserError) and error.reason not in _OF_ONE_OBJECT
-    if of_store and url.startswith(("s3://", "s3a://")):
-        raise error
+    if not isinstance(error, UserError) or error.reason not in _OF_THE_STORE:
+        return False
+    if not url.startswith(("s3://", "s3a://")):  # of https:// URLs each may have another host
+        return False
+    try:
+        storage.exists(f"{url}.another")
+    except UserError as of_another:
+        return of_another.reason in _OF_THE_STORE
+    return False
 
 
 def _one_line(error: BaseException) -> str:

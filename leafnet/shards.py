@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leafnet import storage
+from leafnet import local_cache, storage
 from leafnet.errors import UserError
+from leafnet.local_cache import LocalCache
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
@@ -56,6 +57,7 @@ class ShardIndex:
     shards: tuple[Shard, ...]
     counts: dict[str, dict[str, int]]  # split -> class name -> examples
     fingerprint: str  # of class names and shards: equal fingerprints, equal data
+    cache: LocalCache | None = None  # where each machine keeps copies of the shards that it reads
 
     def of_split(self, split: str) -> tuple[Shard, ...]:
         """The shards of `split`, in the order that numbers its examples from 0."""
@@ -184,18 +186,23 @@ def check_sizes(index: ShardIndex) -> None:
             )
 
 
-def row_groups(root: str, shard: Shard) -> Iterator[pa.Table]:
+def row_groups(root: str, shard: Shard, *, cache: LocalCache | None = None) -> Iterator[pa.Table]:
     """The row groups of `shard`, in order, from one read of the file, its sha256 checked.
+
+    Args:
+        root: of the data set.
+        shard: of its index.
+        cache: where this machine keeps copies, as `ShardIndex.cache`.
 
     Raises:
         UserError: the file is gone or is not the one that was prepared.
     """
     url = storage.join(root, shard.name)
     try:
-        data = storage.read_bytes(url)
+        data = local_cache.read(cache, sha256=shard.sha256, fetch=lambda: storage.read_bytes(url))
     except FileNotFoundError:
         raise UserError("shard-missing", f"{url} is gone; prepare the data set again") from None
-    if storage.sha256(data) != shard.sha256:
+    if data is None:
         raise UserError(
             "shard-changed",
             f"{url} is not the file that was prepared (its sha256 differs); "

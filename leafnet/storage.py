@@ -15,10 +15,12 @@ import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -39,8 +41,13 @@ OF_STORES = UNREACHABLE | {"wrong-keys", "no-keys", "no-access", "disk-full", "n
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _AHEAD = 8_000_000  # bytes of one request of a stream
+# Object stores answer after tens of milliseconds; so much is asked for at once.
+AT_ONCE = 16
 _CLIENTS = ("aiohttp", "google", "gcsfs", "azure", "adlfs", "paramiko")
 _SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 class File(NamedTuple):
@@ -200,6 +207,17 @@ def is_folder(url: str) -> bool:
     fs, path = filesystem(url)
     with _told(url):
         return bool(fs.isdir(path))
+
+
+def is_file(url: str) -> bool:
+    """True when a file is at `url`."""
+    fs, path = filesystem(url)
+    try:
+        # Not `isfile`, to which every error is a no: the next question would wait as long again.
+        with _told(url):
+            return bool(fs.info(path)["type"] == "file")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_bytes(url: str) -> bytes:
@@ -425,6 +443,32 @@ def local_copy(url: str) -> Iterator[str]:
         yield str(local)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def each(
+    ask: Callable[[Item], Answer], items: Iterable[Item], *, at_once: int = AT_ONCE
+) -> Iterator[Answer]:
+    """`ask` of each item, in their order, `at_once` of them at a time, in threads.
+
+    For what waits for a store. No more than `at_once` answers are held, however slowly they are
+    taken.
+
+    >>> list(each(str.upper, ["a", "b"]))
+    ['A', 'B']
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting: deque[Future[Answer]] = deque()
+        try:
+            for item in items:
+                if len(waiting) == at_once:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(ask, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # After an error nobody wants the others.
+            for future in waiting:
+                future.cancel()
 
 
 def sha256(data: bytes) -> str:

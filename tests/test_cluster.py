@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from leafnet import cluster, features, fitting
 from leafnet.backbone import FEATURES
 from leafnet.checkpoint import TrainState
 from leafnet.cluster import Node
-from leafnet.config import SPLITS, HeadSettings
+from leafnet.config import SPLITS, HeadSettings, RaySettings
 from leafnet.errors import UserError
 from leafnet.fitting import HeadJob, HeadResult
 from leafnet.shards import Shard
@@ -61,6 +63,50 @@ def test_workers(nodes: list[Node], workers: Any, gpus: int, expected: tuple[int
 def test_more_workers_than_gpus() -> None:
     with pytest.raises(UserError, match=r"--workers 5, but the cluster has 4 GPUs"):
         cluster.workers_for([Node(16, 4)], 5, 4)
+
+
+# In a process of its own: this one is connected to another Ray.
+GROWING = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from ray.cluster_utils import Cluster
+from leafnet import cluster
+from leafnet.config import RaySettings
+machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+settings = RaySettings(address=machines.address, wait=100)
+waiting = threading.Event()
+def tell(line):
+    print(line)
+    waiting.set()
+with cluster.session(settings) as found, ThreadPoolExecutor(1) as pool:
+    print(cluster.with_gpus(found, "auto", 2, settings, tell))
+    never = settings.model_copy(update={"wait": 0})
+    print(cluster.with_gpus(found, True, "auto", never, print))
+    planned = pool.submit(cluster.with_gpus, found, True, 2, settings, tell)
+    waiting.wait()
+    machines.add_node(num_cpus=1, num_gpus=2)
+    print(sorted(planned.result()))
+machines.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_gpus_that_a_cluster_has_to_start_are_waited_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROWING], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    alone, grown = [Node(1.0, 0.0)], [Node(1.0, 0.0), Node(1.0, 2.0)]
+    planned = [line for line in done.stdout.splitlines() if "Node(" in line]
+    assert planned == [str(nodes) for nodes in (alone, alone, grown)]
+    assert "waiting   for 2 GPUs, of which the cluster has 0, at most 100 s" in done.stdout
+
+
+def test_a_ray_of_the_jobs_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = [Node(2, 0)]
+    assert cluster.with_gpus(nodes, True, "auto", RaySettings(), print) == nodes
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"errors"},
     "plots": {"metrics"},
     # The data set.
-    "shards": {"errors", "storage"},
+    "local_cache": {"storage"},
+    "shards": {"errors", "storage", "local_cache"},
     "sources": {"errors", "storage"},
     "prepare": {"errors", "config"},
     # The network, its training and its publication.
@@ -61,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": {"errors", "config", "backbone"},
     "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
     "fitting": {
-        *("config", "images", "metrics", "storage", "shards", "backbone", "novelty", "review"),
-        *("classifier", "features", "checkpoint", "training", "workers"),
+        *("config", "images", "metrics", "storage", "local_cache", "shards", "backbone"),
+        *("novelty", "review", "classifier", "features", "checkpoint", "training", "workers"),
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
@@ -95,9 +96,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster",
     },
     "runs": {
-        *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
-        *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
-        *("bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
+        *("errors", "config", "metrics", "storage", "terminal", "plots", "local_cache", "shards"),
+        *("backbone", "openvino_graph", "review", "classifier", "features", "checkpoint"),
+        *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),

@@ -276,12 +276,13 @@ def lines(path: Path) -> list[str]:
 
 
 def job_commands(path: Path) -> list[tuple[str, list[str]]]:
-    """(job, its arguments) of every `python jobs/JOB.py …` in a file."""
+    """(job, its arguments) of every `python jobs/JOB.py …` or installed `leafnet.jobs.JOB`."""
     found = []
     for line in lines(path):
-        for match in re.finditer(r"python (?:/opt/leafnet/)?jobs/(\w+)\.py([^`|;]*)", line):
-            arguments = re.split(r"\s(?:2>&1|&&)", match[2])[0]
-            found.append((match[1], shlex.split(arguments)))
+        pattern = r"python (?:(?:/opt/leafnet/)?jobs/(\w+)\.py|-P -m leafnet\.jobs\.(\w+))([^`|;]*)"
+        for match in re.finditer(pattern, line):
+            arguments = re.split(r"\s(?:2>&1|&&)", match[3])[0]
+            found.append((match[1] or match[2], shlex.split(arguments)))
     return found
 
 
@@ -341,7 +342,9 @@ def test_settings_in_the_pages_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (CLUSTER / page).read_text(), flags=re.S | re.M)
     spans = re.findall(r"`([^`\n]+)`", text)
     flags = {span.split()[0][2:] for span in spans if span.startswith("--")}
-    dotted = {span for span in spans if re.fullmatch(r"(head|cache|checkpoint|ray)\.[a-z_]+", span)}
+    dotted = {
+        span for span in spans if re.fullmatch(r"(head|data|cache|checkpoint|ray)\.[a-z_]+", span)
+    }
     assert flags
     assert flags | dotted <= known, f"no such settings: {(flags | dotted) - known}"
 
