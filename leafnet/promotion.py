@@ -192,7 +192,7 @@ def _say_verdict(verdict: Verdict) -> None:
                 f"{check.candidate:.3f}",
                 "" if check.champion is None else f"{check.champion:.3f}",
                 check.wanted,
-                "" if check.passed else "worse",
+                "" if check.passed else "not met",
             ]
             for check in verdict.checks
         ],
@@ -210,25 +210,20 @@ def _conclude(
     facts: dict[str, Any],
 ) -> None:
     """Write what was decided, unless in a dry run, and tell it."""
-    promoted = verdict.outcome == "better" or (
-        verdict.outcome == "tie" and settings.tie == "promote"
-    )
+    action = _action(verdict, settings.tie)
     if held is not None:
         held.check()
         named = None
-        if promoted:
+        if action == registry.PROMOTED:
             digest = registry.add(root, candidate.url, candidate.description)
             named = {"model_id": candidate.model_id, "digest": digest}
             # The model is in its place: whoever reads the alias from now on finds it.
             held.check()
-        action = registry.PROMOTED if promoted else registry.KEPT
-        if verdict.outcome == "worse":
-            action = registry.REFUSED
         decision = registry.decide(
             root, action, candidate=candidate.model_id, champion=named, comparison=facts
         )
         say(f"history   {storage.join(root, 'history')}, decision {decision.number}: {action}")
-    if verdict.outcome == "worse":
+    if action == registry.REFUSED:
         told = "; ".join(check.told for check in verdict.failed)
         kept = f"; {champion.model_id} stays champion" if champion else ""
         raise UserError(
@@ -236,7 +231,7 @@ def _conclude(
         )
     if held is None:
         return
-    if promoted:
+    if action == registry.PROMOTED:
         say(f"promoted  {candidate.model_id}: {storage.join(root, registry.ALIAS)}")
     else:
         assert champion is not None, "there is no tie without a champion"
@@ -244,6 +239,14 @@ def _conclude(
             f"tie       {candidate.model_id} is not worse, and no better; {champion.model_id} "
             "stays champion (--tie promote takes the candidate)"
         )
+
+
+def _action(verdict: Verdict, tie: str) -> str:
+    """What a verdict leads to, with the setting for ties: `keep` or `promote`."""
+    if verdict.outcome == "worse":
+        return registry.REFUSED
+    better = verdict.outcome == "better" or tie == "promote"
+    return registry.PROMOTED if better else registry.KEPT
 
 
 def _roll_back(root: str, held: Lock | None, *, dry_run: bool) -> None:
