@@ -50,6 +50,7 @@ def run(settings: ExportSettings) -> None:
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "export.log"
     with terminal.chatter_to(log), tempfile.TemporaryDirectory(prefix="leafnet-") as folder:
         say(f"model     {model.url}   id {model.model_id}, {len(model.class_names)} classes")
+        terminal.keeps("nothing of the export is kept")
         made = Path(folder) / Path(out).name
         write(model, form, made)
         parity = compare(model, opened(form, made), photographs)
@@ -70,6 +71,7 @@ def run(settings: ExportSettings) -> None:
         _publish(made, out)
         storage.write_json(beside, _description(model, form, parity | {"of": source}))
         say(f"exported  {out}")
+        terminal.result(exported=out, parity=parity)
         say(f"also in   {beside}: classes in order, input and the parity")
     shutil.rmtree(log.parent)
 

@@ -105,6 +105,7 @@ def choose(settings: ReviewSettings, predictions: str, out: str) -> None:
     if len(rows) < settings.count:
         say(f"only {len(rows):,} of {settings.count:,}: all others are copies, or there are none")
     say(f"chosen    {len(rows):,} of {night.rows.num_rows:,} photographs: {out}")
+    terminal.result(review=out, chosen=len(rows))
     _say_how_to_label(settings, out)
 
 

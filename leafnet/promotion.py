@@ -61,6 +61,7 @@ def run(settings: PromoteSettings) -> None:
             champion = _load(root, found)
             _check_classes(champion, index, "champion")
             say(f"champion  {champion.url}   id {champion.model_id}, since {found.since}")
+        terminal.keeps("the champion is the one before, and nothing of the comparison is kept")
         verdict, facts = _compare(settings, root, candidate, champion, index, rule)
         _say_verdict(verdict)
         if settings.dry_run:
@@ -223,6 +224,7 @@ def _conclude(
             root, action, candidate=candidate.model_id, champion=named, comparison=facts
         )
         say(f"history   {storage.join(root, 'history')}, decision {decision.number}: {action}")
+    terminal.result(action=action, candidate=candidate.model_id, comparison=facts["checks"])
     if action == registry.REFUSED:
         told = "; ".join(check.told for check in verdict.failed)
         kept = f"; {champion.model_id} stays champion" if champion else ""
