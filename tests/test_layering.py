@@ -23,6 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "demo": {"errors"},
     "plots": {"metrics"},
+    "gallery": set(),
+    "thumbnails": set(),
+    "pages": {"terminal"},
     # The data set.
     "shards": {"errors", "storage"},
     "sources": {"errors", "storage"},
@@ -34,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "onnx_graph": {"backbone", "classifier"},
     "novelty": set(),
     "review": {"metrics"},
+    "drift": {"review"},
+    "charts": {"metrics", "drift"},
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
@@ -57,6 +62,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "selection": set(),
     "labelstudio": {"errors", "storage"},
+    # Pages about what was made, from what is stored.
+    "report": {
+        *("errors", "config", "images", "storage", "plots", "gallery", "thumbnails", "pages"),
+        *("shards", "review", "charts"),
+    },
+    "night_report": {
+        *("errors", "storage", "thumbnails", "pages", "drift", "charts", "ledger"),
+    },
     # Ray, from here on. Settings objects end in these modules and in `training`.
     "cluster": {"errors", "config", "backbone"},
     "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
@@ -96,6 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "runs": {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
+        *("drift", "report"),
         *("openvino_graph", "review", "classifier", "features", "checkpoint", "training"),
         *("bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
     },
@@ -106,6 +120,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
         *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("thumbnails", "night_report"),
     },
 }
 
