@@ -6,6 +6,7 @@ of that night. No reader of the predictions meets it: they pass over names that 
 nothing below has the suffix `.parquet`.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -310,9 +311,9 @@ def _content(
     by_date = _summaries(out, recent)
     last = by_date[date][-1]
     model = last.get("model", {})
-    classes = _classes(tonight[-1], model)
+    model_id, classes = _model_of(tonight[-1])
     reference = model.get("reference")
-    night = read(tonight, model_id=model.get("model_id", ""), classes=classes, reference=reference)
+    night = read(tonight, model_id=model_id, classes=classes, reference=reference)
     earlier = [_earlier(day, found) for day, found in by_date.items() if day < date]
     images = str(last.get("images", ""))
     distributions = _distributions(night, model, reference)
@@ -342,12 +343,11 @@ def _content(
     }
 
 
-def _classes(file: Published, model: dict[str, Any]) -> tuple[str, ...]:
-    if "class_names" in model:
-        return tuple(model["class_names"])
+def _model_of(file: Published) -> tuple[str, tuple[str, ...]]:
+    """Id and classes of the model that made a published file."""
     with storage.open_file(file.url) as opened:
-        probabilities = pq.ParquetFile(opened).schema_arrow.field("probabilities").type
-    return tuple(entry.name for entry in probabilities)
+        metadata = pq.ParquetFile(opened).schema_arrow.metadata
+    return metadata[b"model_id"].decode(), tuple(json.loads(metadata[b"class_names"]))
 
 
 class _Label(NamedTuple):

@@ -44,7 +44,7 @@ def outcomes(count: int, *, seed: int = 0, novelty: float = 45.0) -> tuple[Array
 
 
 def write_night(
-    out: Path,
+    out: Path | str,
     date: str,
     *,
     images: str,

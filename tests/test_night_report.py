@@ -67,6 +67,19 @@ def test_a_night_against_those_before(tmp_path: Path) -> None:
     )
 
 
+def test_a_night_in_an_object_store() -> None:
+    out = "memory://nights/predictions"
+    stored.write_night(out, "2026-11-23", images="s3://field", names=names(30))
+    stored.write_night(out, "2026-11-24", images="s3://field", names=names(30), seed=2)
+    target = night_report.write(out, "2026-11-24")
+    assert target == f"{out}/_reports/2026-11-24.html"
+    page = check(storage.read_bytes(target))
+    assert page.all("img")
+    assert "median of the last night: 30" in page.text
+    assert storage.read_bytes(f"{out}/_reports/latest.html") == storage.read_bytes(target)
+    storage.delete("memory://nights")
+
+
 def test_no_reader_of_the_predictions_meets_the_reports(tmp_path: Path) -> None:
     for date in ("2026-11-23", "2026-11-24"):
         stored.write_night(tmp_path, date, images="/in", names=names(30), seed=int(date[-1]))

@@ -251,7 +251,9 @@ def test_spans_end_with_their_shard() -> None:
     assert spans == [{"start": 0, "stop": 3}, {"start": 3, "stop": 5}]
 
 
-def stage(model: str, images: Path, out: Path, count: int) -> Staging:
+def stage(
+    model: str, images: Path, out: Path, count: int, *, review: Review | None = None
+) -> Staging:
     """What a job leaves that finished its first `count` photographs and was killed."""
     loaded = bundle.load(model)
     root = ledger.staging_root(str(out), model_id=loaded.model_id, images=str(images))
@@ -260,19 +262,21 @@ def stage(model: str, images: Path, out: Path, count: int) -> Staging:
     photographs = listed.slice(0, count).select(["image", "version"])
     for name in scoring.PHOTOGRAPH.names:
         if name not in photographs.column_names:
-            empty = pa.nulls(count, scoring.PHOTOGRAPH.field(name).type)
-            photographs = photographs.append_column(name, empty)
+            value = 48 if name in ("width", "height") else None
+            column = pa.array([value] * count, scoring.PHOTOGRAPH.field(name).type)
+            photographs = photographs.append_column(name, column)
     rows = scoring.rows(
         photographs,
         np.zeros((count, 3), np.float32),
         None,
         output=scoring.schema(loaded.class_names),
         class_names=loaded.class_names,
-        review=None,
+        review=review,
         model_id=loaded.model_id,
         run_id=staging.run_id,
     )
-    staging.add(rows)
+    pixels = np.zeros((count, 32, 32, 3), np.uint8)
+    staging.add(thumbnails.Maker().attach(rows, pixels, np.arange(count)))
     return staging
 
 
@@ -290,7 +294,8 @@ def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_
 def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
     images, out = tmp_path / "in", tmp_path / "out"
     write_leaves(images, 3)
-    staging = stage(random_model, images, out, 3)
+    all_of_them = Review(REVIEW_ALL, precision_target=0.95, novelty=1.0)
+    staging = stage(random_model, images, out, 3, review=all_of_them)
     summary = {
         "run_id": staging.run_id,
         "published": "there",
@@ -305,6 +310,8 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
     assert json.loads((out / "_runs" / f"{staging.run_id}.json").read_text()) == summary
     assert len(pd.read_parquet(out)) == 3
     assert {p.name for p in out.iterdir()} == {"date=2026-11-24", *KEPT}
+    page = check((out / "_reports" / "2026-11-24.html").read_bytes())
+    assert len(page.all("img")) == 3
     before = tree(out)
     nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
