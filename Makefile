@@ -6,12 +6,14 @@ READY := $(VENV)/.ready
 
 RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
-.PHONY: demo test lint bench clean s3-server
+CHROMIUM := chromium fonts-dejavu-core
+
+.PHONY: demo test lint bench clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
-test: $(READY) s3-server
+test: $(READY) s3-server browser
 	$(BIN)/python -m pytest
 
 # A real S3 server for the tests, from the system's packages: as root, where there is apt-get.
@@ -24,6 +26,18 @@ s3-server:
 	fi; \
 	command -v radosgw >/dev/null || echo "left out: the tests on a real S3 server; radosgw cannot" \
 	  "be installed here. As root on Debian: apt-get install --no-install-recommends $(RADOSGW)"
+
+# A real browser for the tests of the reports, likewise.
+browser:
+	@command -v chromium >/dev/null && exit; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing $(CHROMIUM), a browser for the tests of the reports (400 MB)"; \
+	  { timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    timeout 600 apt-get install -y -qq --no-install-recommends $(CHROMIUM); } >/dev/null 2>&1; \
+	fi; \
+	command -v chromium >/dev/null || echo "left out: the tests of the reports in a browser;" \
+	  "chromium cannot be installed here. As root on Debian:" \
+	  "apt-get install --no-install-recommends $(CHROMIUM)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

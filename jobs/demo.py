@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     say(f"  model        {model}")
     say(f"  results      {runs / 'demo'}: metrics.json history.csv curves.png confusion.png")
     say(f"  predictions  {predictions}: Parquet, a row for each photograph")
+    say(f"  reports      {runs / 'demo' / 'report.html'}")
+    say(f"               {predictions / '_reports' / 'latest.html'}")
     say("The same with ImageNet weights, which are downloaded once:")
     say(f"  {_python()} jobs/train.py --shards {shards} --out {runs} --name imagenet")
 

@@ -40,6 +40,14 @@ def _at_least_one(value: int | str) -> int | str:
     return value
 
 
+def _day(value: Any) -> Any:
+    if isinstance(value, datetime.date):  # as YAML reads 2026-11-24
+        return value.isoformat()
+    if isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() != value:
+        raise ValueError(f"must be written YYYY-MM-DD, got {value}")
+    return value
+
+
 Count = Annotated[int | Auto, AfterValidator(_at_least_one)]
 
 
@@ -381,14 +389,21 @@ class ScoreSettings(Settings):
             raise ValueError(f"must be auto or more than 0 and at most 64, got {value}")
         return value
 
-    @field_validator("date", mode="before")
-    @classmethod
-    def _is_a_day(cls, value: Any) -> Any:
-        if isinstance(value, datetime.date):  # as YAML reads 2026-11-24
-            return value.isoformat()
-        if isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() != value:
-            raise ValueError(f"must be written YYYY-MM-DD, got {value}")
-        return value
+    _date = field_validator("date", mode="before")(_day)
+
+
+class ReportSettings(Settings):
+    """Settings of jobs/report.py."""
+
+    run: Url | None = Field(None, description="a finished run, runs/NAME; none: see --predictions")
+    predictions: Url | None = Field(
+        None, description="what jobs/score.py wrote to, for the report of a night; none: see --run"
+    )
+    date: str | None = Field(
+        None, description="the night, YYYY-MM-DD; none: the newest of --predictions"
+    )
+
+    _date = field_validator("date", mode="before")(_day)
 
 
 class PromoteSettings(Settings):

@@ -352,7 +352,7 @@ def publish(
         with pq.ParquetWriter(
             local, schema, compression="zstd", use_dictionary=_DICTIONARY, write_statistics=True
         ) as writer:
-            for rows in _grouped(staging):
+            for rows in _grouped(staging, schema.names):
                 status.update(_count(rows["status"]))
                 label.update(_count(rows["label"]))
                 reason.update(_count(slugs(rows["reason"])))
@@ -363,13 +363,13 @@ def publish(
     return counts
 
 
-def _grouped(staging: Staging) -> Iterator[pa.Table]:
+def _grouped(staging: Staging, columns: list[str]) -> Iterator[pa.Table]:
     """The rows of all parts, a row group at a time, each by image: neighbours compress well."""
     waiting: list[pa.Table] = []
     rows = 0
     # A few parts at a time, which a long night fills with tens of thousands of rows each.
     for table in storage.each(staging.read, staging.kept, at_once=_READERS // 4):
-        waiting.append(table)
+        waiting.append(table.select(columns))  # thumbnails are not published
         rows += waiting[-1].num_rows
         if rows >= _ROW_GROUP:
             together = pa.concat_tables(waiting).combine_chunks()

@@ -7,6 +7,7 @@ what it wrote is complete, and the next start goes on from there.
 """
 
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ from leafnet import (
     ledger,
     listing,
     lock,
+    night_report,
     openvino_graph,
     scoring,
     storage,
     terminal,
+    thumbnails,
 )
 from leafnet.bundle import Bundle
 from leafnet.classifier import head_logits
@@ -303,7 +306,7 @@ def _keep_results(
 
     def keep() -> None:
         held.check()
-        staging.add(pa.concat_tables(waiting))
+        staging.add(thumbnails.keep_wanted(pa.concat_tables(waiting)))
         waiting.clear()
 
     with terminal.progress("score", len(places)) as advance:
@@ -503,6 +506,7 @@ class _Network:
     def __init__(self, model: Any, job: _Job, threads: int, gpu: bool) -> None:
         self._model: Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._job = job
+        self._thumbnails = thumbnails.Maker()
         self._schema = scoring.schema(job.class_names, model_id=job.model_id, run_id=job.run_id)
         self._engine = engine.open_engine(
             self._model,
@@ -537,6 +541,8 @@ class _Network:
                 model_id=job.model_id,
                 run_id=job.run_id,
             )
+            decoded = np.flatnonzero(photographs["reason"].is_null().to_numpy())
+            rows = self._thumbnails.attach(rows, pixels, decoded)
             results.append(
                 {
                     "rows": _to_ipc(rows).to_pybytes(),
@@ -604,6 +610,7 @@ def _publish(
             "class_names": list(model.class_names),
             "decoder_version": model.description["decoder_version"],
             "trained_at": model.description.get("trained_at"),
+            **_validated(model, int8=facts.get("precision") == "int8"),
         },
         "started_at": staging.started_at,
         "settings": settings.model_dump(mode="json"),
@@ -625,6 +632,7 @@ def _publish(
 
     schema = scoring.schema(model.class_names, model_id=model.model_id, run_id=staging.run_id)
     ledger.publish(staging, settings.out, schema=schema, check=check)
+    night_report.keep_thumbnails(staging, settings.out)
     seconds["publish"] = time.monotonic() - began_publish
     seconds["total"] = time.monotonic() - began
     summary |= {
@@ -633,19 +641,38 @@ def _publish(
     }
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
     staging.delete()
-    _say_summary(summary, settings.out)
+    report = _report(settings.out, staging.date)
+    _say_summary(summary, settings.out, report)
     told = ("run_id", "published", "status", "labels", "reasons", "listed", "already_done")
-    terminal.result(**{name: summary[name] for name in told})
+    terminal.result(**{name: summary[name] for name in told}, report=report)
     return summary
+
+
+def _validated(model: Bundle, *, int8: bool) -> Summary:
+    """The model's thresholds, and what validation was like, for the night to be compared with."""
+    of = model.description.get("int8", {}) if int8 else model.description
+    return {name: of[name] for name in ("review", "reference") if name in of}
+
+
+def _report(out: str, date: str) -> str:
+    """Write the night's report; where it is, or why it is not."""
+    try:
+        return night_report.write(out, date)
+    # The night is published, and a report can be written again.
+    except Exception as error:
+        traceback.print_exc()
+        return f"not written ({type(error).__name__}: {error}); see python jobs/report.py --help"
 
 
 def _finish(staging: Staging, out: str) -> Summary:
     """What is left to do for a night that was killed just after it was published."""
     summary = staging.read_summary()
+    night_report.keep_thumbnails(staging, out)
     url = _summary_url(out, staging.run_id)
     if not storage.exists(url):
         storage.write_json(url, summary)
     staging.delete()
+    say(f"report    {_report(out, staging.date)}")
     return summary
 
 
@@ -653,7 +680,7 @@ def _summary_url(out: str, run_id: str) -> str:
     return storage.join(out, ledger.RUNS, f"{run_id}.json")
 
 
-def _say_summary(summary: Summary, out: str) -> None:
+def _say_summary(summary: Summary, out: str, report: str) -> None:
     scored = summary["scored"]
 
     def share(count: int) -> str:
@@ -682,4 +709,5 @@ def _say_summary(summary: Summary, out: str) -> None:
         )
     say(f"published {summary['published']}")
     say(f"summary   {_summary_url(out, summary['run_id'])}")
+    say(f"report    {report}")
     say(f"done in {terminal.duration(summary['seconds']['total'])}")

@@ -2,9 +2,12 @@
 
 import csv
 import io
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +24,7 @@ from leafnet import (
     checkpoint,
     cluster,
     config,
+    drift,
     features,
     fitting,
     inference,
@@ -29,6 +33,7 @@ from leafnet import (
     openvino_graph,
     plots,
     rehearsal,
+    report,
     review,
     search,
     shards,
@@ -57,6 +62,7 @@ class _Features(NamedTuple):
     root: str
     parts: dict[str, tuple[features.Part, ...]]
     views: int
+    computed: int  # views that were not in the cache
 
 
 def train(settings: TrainSettings) -> None:
@@ -202,6 +208,7 @@ def _train_on(
         image_size=settings.image_size,
         provenance=_provenance(settings, index, weights, precision, scores, result.state)
         | ({"review": effects} if thresholds else {})
+        | ({"reference": drift.reference(result.outcomes["valid"])} if thresholds else {})
         | ({"int8": int8_report} if int8_report else {}),
         novelty=result.novelty if thresholds else None,
         review=thresholds,
@@ -216,6 +223,11 @@ def _train_on(
             "model_id": model_id,
             "finished_at": _now(),
             "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+            "images_per_second": {
+                "features": round(computed.computed / seconds["features"], 1),
+                "head": round(result.state.epoch * index.examples("train") / seconds["head"], 1),
+            },
+            "command": shlex.join(["python", *sys.argv]),
             "workers": workers,
             "gpus": machines.gpus,
             "precision": precision,
@@ -224,10 +236,22 @@ def _train_on(
             "versions": bundle.versions(),
         },
     )
+    told = _report(run)
     _say_results(run, scores, model_id, seconds["total"], result.state)
+    say(f"report    {told}")
     terminal.result(
         run=run, model=storage.join(run, "model"), model_id=model_id, metrics=_figures(scores)
     )
+
+
+def _report(run: str) -> str:
+    """Write the run's report; where it is, or why it is not."""
+    try:
+        return report.write(run)
+    # The model is published, and a report can be written again.
+    except Exception as error:
+        traceback.print_exc()
+        return f"not written ({type(error).__name__}: {error}); see python jobs/report.py --help"
 
 
 def _check_data(index: ShardIndex) -> None:
@@ -321,7 +345,7 @@ def _quantize(
     accuracy = float(made.outcomes.correct.mean())
     of_float = float(result.outcomes["valid"].correct[:count].mean())
     accepted = inference.accept_int8(accuracy, of_float)
-    report: dict[str, Any] = {
+    told_of: dict[str, Any] = {
         "accepted": accepted,
         "calibration_examples": made.calibration_examples,
         "valid_examples": count,
@@ -331,14 +355,15 @@ def _quantize(
     told = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
     if not accepted:
         say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
-        return None, None, report
+        return None, None, told_of
     say(f"int8      {told}: kept")
     # Rounding to 8 bits moves every photograph away from the training features.
     chosen = review.choose(made.outcomes, precision_target=settings.precision_target)
     effect = review.effect(made.outcomes, chosen)
     say(f"review    valid in int8: {review.describe(effect)}")
-    report["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
-    return made.int8, chosen, report
+    told_of["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
+    told_of["reference"] = drift.reference(made.outcomes)
+    return made.int8, chosen, told_of
 
 
 def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -453,7 +478,7 @@ def _features(
     parts = {
         split: tuple(part for part in plan.parts if part.shard.split == split) for split in SPLITS
     }
-    return _Features(root, parts, views)
+    return _Features(root, parts, views, missing)
 
 
 def _head_job(

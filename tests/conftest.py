@@ -14,6 +14,7 @@ from PIL import Image
 from leafnet import backbone, bundle, demo, shards, storage
 from leafnet.classifier import initial_head
 from leafnet.images import fingerprint
+from leafnet.review import Review
 from leafnet.shards import Shard, ShardIndex
 from tests import s3_server
 from tests.s3_server import Server
@@ -143,16 +144,26 @@ def write_data_set(root: str, per_class: dict[str, int], *, seed: int = 0) -> Sh
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A published model with random weights for pictures of 32 pixels, which costs little."""
     url = str(tmp_path_factory.mktemp("model"))
-    head = initial_head([8], 3, inputs=backbone.FEATURES, seed=0)
+    publish_random_model(url)
+    return url
+
+
+def publish_random_model(url: str, review: Review | None = None) -> None:
+    """Publish a model with random weights for pictures of 32 pixels, without a measure of novelty.
+
+    Args:
+        url: folder of the model.
+        review: its thresholds; None: nothing is for review.
+    """
     bundle.save(
         url,
         convolutions=backbone.load_weights("random").convolutions,
-        head=head,
+        head=initial_head([8], 3, inputs=backbone.FEATURES, seed=0),
         class_names=("early_blight", "healthy", "late_blight"),
         image_size=32,
         provenance={},
+        review=review,
     )
-    return url
 
 
 def write_deadly_decoder(

@@ -17,6 +17,7 @@ import pytest
 
 from leafnet import bundle, terminal
 from leafnet.shards import ShardIndex
+from tests import stored
 from tests.conftest import leaf_jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,7 @@ def test_no_cluster_at_the_address(data_set: ShardIndex, tmp_path: Path) -> None
     "name",
     [
         *("prepare.py", "train.py", "evaluate.py", "promote.py", "export.py", "review.py"),
-        "doctor.py",
+        *("doctor.py", "report.py"),
     ],
 )
 def test_help_names_every_setting_and_ends_with_examples(name: str) -> None:
@@ -176,6 +177,19 @@ def test_two_preparations_of_one_output(tmp_path: Path) -> None:
         raise
     interrupt(first, "nothing of the data set is kept, it is made in one go")
     assert {path.name for path in out.iterdir()} == {"unfinished.json", "prepare.log"}
+
+
+def test_reports_are_written_again(data_set: ShardIndex, tmp_path: Path) -> None:
+    out, leaves = tmp_path / "predictions", tmp_path / "leaves"
+    done = run(job("report.py", "--run", leaves, "--predictions", out))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error[which-report]: give either")
+    stored.write_night(out, "2026-11-23", images="/in", names=["1.jpg", "2.jpg"])
+    stored.write_night(out, "2026-11-24", images="/in", names=["3.jpg"], seed=1)
+    stored.write_run(leaves, data_set)
+    assert run(job("report.py", "--run", leaves)).stdout.endswith("leaves/report.html\n")
+    done = run(job("report.py", "--predictions", out))
+    assert done.stdout.endswith("_reports/2026-11-24.html\n")
 
 
 @pytest.mark.ray

@@ -23,6 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "demo": {"errors"},
     "plots": {"metrics"},
+    "gallery": set(),
+    "thumbnails": set(),
+    "pages": {"terminal"},
     # The data set.
     "local_cache": {"storage"},
     "shards": {"errors", "storage", "local_cache"},
@@ -35,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "onnx_graph": {"backbone", "classifier"},
     "novelty": set(),
     "review": {"metrics"},
+    "drift": {"review"},
+    "charts": {"metrics", "drift"},
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
@@ -58,6 +63,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "selection": set(),
     "labelstudio": {"errors", "storage"},
+    # Pages about what was made, from what is stored.
+    "report": {
+        *("errors", "config", "images", "storage", "plots", "gallery", "thumbnails", "pages"),
+        *("shards", "review", "charts"),
+    },
+    "night_report": {
+        *("errors", "storage", "thumbnails", "pages", "drift", "charts", "ledger"),
+    },
     # Ray, from here on. Settings objects end in these modules and in `training`.
     "cluster": {"errors", "config", "backbone"},
     "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
@@ -99,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "local_cache", "shards"),
         *("backbone", "openvino_graph", "review", "classifier", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
+        *("drift", "report"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
@@ -107,6 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
         *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("thumbnails", "night_report"),
     },
 }
 

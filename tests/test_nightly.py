@@ -29,18 +29,28 @@ from leafnet import (
     listing,
     lock,
     nightly,
+    pages,
     scoring,
     storage,
     terminal,
+    thumbnails,
 )
 from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
 from leafnet.ledger import Staging
-from tests.conftest import make_bucket, use_server, write_deadly_decoder
+from leafnet.review import REVIEW_ALL, Review
+from tests.conftest import (
+    make_bucket,
+    publish_random_model,
+    use_server,
+    write_deadly_decoder,
+)
+from tests.markup import check
 from tests.s3_server import Proxy, Server
 
 COUNT = 800  # photographs of the job that is killed
+KEPT = ("_runs", "_reports")  # beside the predictions
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
 
 
@@ -163,7 +173,14 @@ def test_a_night_with_every_kind_of_bad_file(
     assert summary["status"] == {"ok": 12, "review": 0, "failed": 29}
     assert summary["reasons"]["truncated"] == 7
     assert sum(summary["labels"].values()) == 12
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", *KEPT}
+
+    page = check((out / "_reports" / "2026-11-24.html").read_bytes())
+    assert (
+        "41 photographs: 12 are settled, 0 are for a person to review, and 29 failed" in page.text
+    )
+    for name in bad:
+        assert f"bad/{pages.name(name)}" in page.text
 
     before = tree(out)
     nightly.run(made(date="2026-11-24"))
@@ -181,6 +198,7 @@ def test_a_night_with_every_kind_of_bad_file(
     assert sorted(path.rsplit("/", 1)[1] for path in later.image) == [
         *("leaf_0000.jpg", "leaf_0012.jpg", "link.jpg", "nowhere.jpg"),
     ]
+    del before["_reports/latest.html"]
     assert {path: data for path, data in tree(out).items() if path in before} == before
 
 
@@ -233,7 +251,9 @@ def test_spans_end_with_their_shard() -> None:
     assert spans == [{"start": 0, "stop": 3}, {"start": 3, "stop": 5}]
 
 
-def stage(model: str, images: Path, out: Path, count: int) -> Staging:
+def stage(
+    model: str, images: Path, out: Path, count: int, *, review: Review | None = None
+) -> Staging:
     """What a job leaves that finished its first `count` photographs and was killed."""
     loaded = bundle.load(model)
     root = ledger.staging_root(str(out), model_id=loaded.model_id, images=str(images))
@@ -242,19 +262,21 @@ def stage(model: str, images: Path, out: Path, count: int) -> Staging:
     photographs = listed.slice(0, count).select(["image", "version"])
     for name in scoring.PHOTOGRAPH.names:
         if name not in photographs.column_names:
-            empty = pa.nulls(count, scoring.PHOTOGRAPH.field(name).type)
-            photographs = photographs.append_column(name, empty)
+            value = 48 if name in ("width", "height") else None
+            column = pa.array([value] * count, scoring.PHOTOGRAPH.field(name).type)
+            photographs = photographs.append_column(name, column)
     rows = scoring.rows(
         photographs,
         np.zeros((count, 3), np.float32),
         None,
         output=scoring.schema(loaded.class_names),
         class_names=loaded.class_names,
-        review=None,
+        review=review,
         model_id=loaded.model_id,
         run_id=staging.run_id,
     )
-    staging.add(rows)
+    pixels = np.zeros((count, 32, 32, 3), np.uint8)
+    staging.add(thumbnails.Maker().attach(rows, pixels, np.arange(count)))
     return staging
 
 
@@ -266,13 +288,14 @@ def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_
     (path,) = out.glob("date=2026-11-25/*.parquet")
     assert path.stem == staging.run_id
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", "_runs"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-25", *KEPT}
 
 
 def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
     images, out = tmp_path / "in", tmp_path / "out"
     write_leaves(images, 3)
-    staging = stage(random_model, images, out, 3)
+    all_of_them = Review(REVIEW_ALL, precision_target=0.95, novelty=1.0)
+    staging = stage(random_model, images, out, 3, review=all_of_them)
     summary = {
         "run_id": staging.run_id,
         "published": "there",
@@ -286,7 +309,9 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
         nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert json.loads((out / "_runs" / f"{staging.run_id}.json").read_text()) == summary
     assert len(pd.read_parquet(out)) == 3
-    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {p.name for p in out.iterdir()} == {"date=2026-11-24", *KEPT}
+    page = check((out / "_reports" / "2026-11-24.html").read_bytes())
+    assert len(page.all("img")) == 3
     before = tree(out)
     nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
@@ -416,11 +441,14 @@ def jobs() -> Iterator[list[Job]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: list[Job]) -> None:
+def test_killed_at_ten_random_moments(tmp_path: Path, jobs: list[Job]) -> None:
+    """Every photograph is for review, so that each row has a thumbnail to lose."""
     images, out, log = tmp_path / "in", tmp_path / "out", tmp_path / "log"
+    model = str(tmp_path / "model")
+    publish_random_model(model, Review(REVIEW_ALL, precision_target=0.95, novelty=1.0))
     write_leaves(images, COUNT)
     arguments = [
-        *("--model", random_model, "--images", str(images), "--out", str(out)),
+        *("--model", model, "--images", str(images), "--out", str(out)),
         *("--date", "2026-11-24", "--batch-size", "2", "--keep-every", "0", "--ray.cpus", "2"),
     ]
     generator = random.Random(20261124)
@@ -461,11 +489,14 @@ def test_killed_at_ten_random_moments(random_model: str, tmp_path: Path, jobs: l
     frame = pd.read_parquet(out)
     assert len(frame) == COUNT
     assert frame.image.is_unique
-    assert set(frame.status) == {"ok"}
+    assert set(frame.status) == {"review"}
     scored_at = dict(zip(frame.image, frame.scored_at, strict=True))
     assert {image: scored_at[image] for image in finished} == finished  # and not done again
-    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", "_runs"}
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", *KEPT}
     assert len(list(out.glob("_runs/*.json"))) == 1
+    page = check((out / "_reports" / "latest.html").read_bytes())
+    assert len(page.all("img")) == thumbnails.LIMIT
+    assert f"The {thumbnails.LIMIT} of {COUNT} photographs that need it most" in page.text
 
 
 class Outage(Proxy):

@@ -16,6 +16,7 @@ from leafnet.config import EvaluateSettings, TrainSettings
 from leafnet.errors import EXIT_IN_USE, UserError
 from leafnet.shards import ShardIndex
 from tests.conftest import write_data_set
+from tests.markup import check
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -80,6 +81,13 @@ def test_a_run_leaves_all_that_it_should(
     assert description["metrics"] == scores
     assert description["data"]["fingerprint"] == data_set.fingerprint
     assert description["settings"] == chosen.model_dump(mode="json")
+    assert sum(description["reference"]["confidence"]["counts"]) == 9
+    page = check((folder / "report.html").read_bytes())
+    assert "The backbone has random weights: this is a check of the pipeline" in page.text
+    assert len(page.all("img")) == 24  # samples of each class
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["images_per_second"]["features"] > 0
+    assert facts["command"] in page.text
     assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
 
 

@@ -1,0 +1,38 @@
+"""Write the report of a training run or of a night again, from what is stored."""
+
+import sys
+from collections.abc import Sequence
+
+from leafnet import config, ledger, night_report, report, storage, terminal
+from leafnet.errors import UserError
+from leafnet.terminal import say
+
+EXAMPLES = """\
+  python jobs/report.py --run runs/potato
+  python jobs/report.py --predictions predictions
+  python jobs/report.py --predictions s3://field/predictions --date 2026-11-24
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = config.parse(
+        config.ReportSettings,
+        argv,
+        prog="jobs/report.py",
+        description=__doc__,
+        examples=EXAMPLES,
+    )
+    if (settings.run is None) == (settings.predictions is None):
+        raise UserError("which-report", "give either --run or --predictions, and not both")
+    if settings.run is not None:
+        say(f"report    {report.write(settings.run)}")
+    if settings.predictions is not None:
+        out = storage.absolute(settings.predictions)
+        nights = [file.date for file in ledger.published(out)]
+        if not nights:
+            raise UserError("no-predictions", f"{out} has no predictions; write them with score.py")
+        say(f"report    {night_report.write(out, settings.date or max(nights))}")
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run_job(main))

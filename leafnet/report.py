@@ -1,0 +1,446 @@
+"""The report of a training run: RUN/report.html, made of what the run has stored.
+
+It can be written again at any time. Photographs in it are thumbnails: those of the galleries are
+kept beside it in gallery.parquet, samples of each class come from the shards, and are left out when
+the shards are gone.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from leafnet import charts, pages, plots, shards, storage, thumbnails
+from leafnet.config import SPLITS
+from leafnet.errors import UserError
+from leafnet.gallery import Item
+from leafnet.images import ImageError, decode
+from leafnet.review import REVIEW_ALL
+from leafnet.shards import ShardIndex
+
+NAME = "report.html"
+GALLERY = "gallery.parquet"
+
+_SIDE = 160  # pixels
+_QUALITY = 80
+_SAMPLES = 8  # of a class, or fewer where there are many classes
+_MAX_SAMPLES = 240
+# Row groups that are read for samples at most: rare classes may be in none of them.
+_MAX_GROUPS = 8
+_MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
+_MAX_CONFUSED = 12  # pairs of classes that are listed
+_MAX_PAIRS = 30  # duplicates that are listed
+_MAX_REJECTED = 30
+
+_GALLERY_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("key", pa.string()),
+        ("label", pa.string()),
+        ("predicted", pa.string()),
+        ("confidence", pa.float64()),
+        ("jpeg", pa.binary()),
+        ("cam_jpeg", pa.binary()),
+    ]
+)
+
+_KINDS = (
+    ("confident-error", "Most confident errors", "Wrong, and the surest of it."),
+    (
+        "likely-wrong-label",
+        "Likely wrong labels",
+        "The model is sure of another label than the photograph has. Look whether it is right.",
+    ),
+    ("confused-pair", "Most confused classes", "Photographs of the pairs that are mixed up most."),
+)
+
+_STAGES = {
+    "start": ("start", "Ray and settings"),
+    "features": ("features", "views through the frozen network"),
+    "search": ("search", "settings of the head tried, or folds"),
+    "head": ("head", "fitted on the features"),
+    "int8": ("int8", "quantized and checked"),
+    "publish": ("publish", "model written"),
+    "total": ("all", ""),
+}
+
+
+def write(run: str, items: Sequence[Item] | None = None) -> str:
+    """Write the report of the finished run `run`; returns its URL.
+
+    Args:
+        run: folder or URL of the run.
+        items: of the galleries, kept from now on; None: those kept, or else samples of each class.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    run = storage.absolute(run)
+    stored = _stored(run)
+    if items is None:
+        items = _kept(run)
+    if not any(item.kind == "sample" for item in items):
+        items = [*items, *_samples_of(stored["model"])]
+    _keep(run, items)
+    target = storage.join(run, NAME)
+    storage.write_bytes(target, pages.render("run.html", **_content(run, stored, items)))
+    return target
+
+
+def _stored(run: str) -> dict[str, Any]:
+    try:
+        return {
+            "run": storage.read_json(storage.join(run, "run.json")),
+            "metrics": storage.read_json(storage.join(run, "metrics.json")),
+            "model": storage.read_json(storage.join(run, "model", "model.json")),
+            "history": _history(storage.read_bytes(storage.join(run, "history.csv"))),
+            "settings": yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))),
+        }
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            "unfinished-run",
+            f"{run} is no finished run ({error}); train it with jobs/train.py",
+        ) from None
+
+
+def _history(data: bytes) -> list[dict[str, float]]:
+    rows = csv.DictReader(io.StringIO(data.decode()))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+# Photographs
+
+
+def _keep(run: str, items: Sequence[Item]) -> None:
+    table = pa.Table.from_pylist([asdict(item) for item in items], _GALLERY_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none")
+    storage.write_bytes(storage.join(run, GALLERY), sink.getvalue().to_pybytes())
+
+
+def _kept(run: str) -> list[Item]:
+    try:
+        data = storage.read_bytes(storage.join(run, GALLERY))
+    except FileNotFoundError:
+        return []
+    return [Item(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+
+
+def _samples_of(model: Mapping[str, Any]) -> list[Item]:
+    """Samples of the training photographs, none when the data set is gone or is another one."""
+    data = model.get("data", {})
+    try:
+        index = shards.read_index(data["shards"])
+    except (KeyError, UserError):
+        return []
+    return samples(index) if index.fingerprint == data["fingerprint"] else []
+
+
+def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
+    """Some photographs of each class of `split`, in the order of the classes.
+
+    They are the first of the shards, which are shuffled. At most 8 row groups are read, so that a
+    class may have fewer than others.
+    """
+    wanted = max(1, min(_SAMPLES, _MAX_SAMPLES // len(index.class_names)))
+    found: dict[int, list[Item]] = {i: [] for i in range(len(index.class_names))}
+    for number, table in enumerate(_first_groups(index, split)):
+        for row in table.to_pylist():
+            of_class = found[row["label"]]
+            if len(of_class) < wanted:
+                name = index.class_names[row["label"]]
+                try:
+                    small = thumbnail(row["image"])
+                except ImageError:  # it is not this report's to judge the data set
+                    continue
+                of_class.append(Item("sample", row["key"], name, name, 1.0, small, None))
+        if number + 1 == _MAX_GROUPS or all(len(items) == wanted for items in found.values()):
+            break
+    return [item for items in found.values() for item in items]
+
+
+def _first_groups(index: ShardIndex, split: str) -> Iterator[pa.Table]:
+    """Row groups of `split` with nothing but what samples need, each read by itself."""
+    for shard in index.of_split(split):
+        with storage.open_file(storage.join(index.root, shard.name)) as file:
+            parquet = pq.ParquetFile(file)
+            for group in range(parquet.num_row_groups):
+                yield parquet.read_row_group(group, columns=["key", "image", "label"])
+
+
+def thumbnail(image: bytes) -> bytes:
+    """A JPEG of the encoded photograph `image`, at most 160 pixels.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    photo = decode(image, _SIDE)
+    return thumbnails.jpeg(
+        photo.pixels, width=photo.width, height=photo.height, side=_SIDE, quality=_QUALITY
+    )
+
+
+# The page
+
+
+def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
+    model, metrics, facts = stored["model"], stored["metrics"], stored["run"]
+    split = next(iter(metrics))
+    scores = metrics[split]
+    names = model["class_names"]
+    colour = {
+        name: charts.key_mark(min(i, charts.COLOURS), f"c{i}" if i < charts.COLOURS else "cx")
+        for i, name in enumerate(names)
+    }
+    return {
+        "name": run.rsplit("/", 1)[-1],
+        "run": run,
+        "model": model,
+        "metrics": metrics,
+        "split": split,
+        "scores": scores,
+        "weakest": min(scores["per_class"].items(), key=lambda entry: entry[1]["recall"]),
+        "facts": facts,
+        "alarms": _alarms(model, metrics, split),
+        "curves": _curves(stored["history"], model["best_epoch"]),
+        "history": stored["history"],
+        "confusion": _confusion(scores, names, split),
+        "confused": _confused(scores["confusion"], names),
+        "per_class": _per_class(scores, colour),
+        "reliability": _reliability(scores, split),
+        "review": model.get("review"),
+        "review_all": REVIEW_ALL,
+        "galleries": _galleries(items, colour),
+        "samples": _by_class(items, names),
+        "colour": colour,
+        "data": _data(model),
+        "stages": _stages(facts),
+        "settings": [(name, _shown(value)) for name, value in _flat(stored["settings"])],
+        "fingerprints": {
+            "model": model["model_id"],
+            "weights file": model["weights"]["sha256"],
+            "backbone": model.get("backbone", {}).get("fingerprint", "?"),
+            "data set": model.get("data", {}).get("fingerprint", "?"),
+            "git commit": model.get("git_commit") or "none",
+        },
+    }
+
+
+def _alarms(model: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> list[str]:
+    told = []
+    if model.get("backbone", {}).get("source") == "random":
+        told.append(
+            "The backbone has random weights: this is a check of the pipeline, and its figures say "
+            "nothing about leaves."
+        )
+    scores = metrics[split]
+    for name, of_class in scores["per_class"].items():
+        if of_class["support"] < 10:
+            told.append(
+                f"{name} has {of_class['support']:,} photographs in the {split} split: its figures "
+                "are a matter of chance."
+            )
+    train = metrics.get("train")
+    if train and split != "train" and train["accuracy"] - scores["accuracy_high"] > 0.1:
+        told.append(
+            f"On the training photographs {pages.percent(train['accuracy'])} are right, on "
+            f"{split} {pages.percent(scores['accuracy'])}: the head has learnt them by heart. More "
+            "photographs or more views help."
+        )
+    review = model.get("review")
+    if review and review["confidence"] == REVIEW_ALL:
+        told.append(
+            f"No confidence gives {review['precision_target']:.0%} right predictions on "
+            "validation, so that every photograph is for review."
+        )
+    return told
+
+
+def _curves(history: Sequence[Mapping[str, float]], best_epoch: int) -> list[Any]:
+    last = history[-1]
+    made = []
+    for quantity, show in (("loss", "{:.3g}".format), ("accuracy", pages.percent)):
+        ends = ", ".join(
+            f"{split} {show(last[f'{split}_{quantity}'])}"
+            for split in ("train", "valid")
+            if f"{split}_{quantity}" in last
+        )
+        told = (
+            f"{quantity.capitalize()} over {len(history)} epochs; at the end {ends}. "
+            f"The best epoch is {best_epoch}."
+        )
+        made.append(
+            (
+                quantity.capitalize(),
+                charts.curves(history, quantity, best_epoch=best_epoch, told=told),
+                told,
+            )
+        )
+    return made
+
+
+def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> dict[str, Any]:
+    """Rows of cells, or a picture of them where there are very many classes."""
+    confusion = scores["confusion"]
+    if len(names) > _MAX_MATRIX:
+        return {"png": plots.confusion_png(confusion, names, title=f"{split} split")}
+    rows = []
+    for i, name in enumerate(names):
+        total = max(sum(confusion[i]), 1)
+        cells = [
+            {
+                "count": count,
+                "share": count / total,
+                "right": i == j,
+                # The root keeps an error of a few per cent visible.
+                "shade": round((count / total) ** (1.0 if i == j else 0.5), 3),
+            }
+            for j, count in enumerate(confusion[i])
+        ]
+        rows.append((name, cells))
+    return {"png": None, "rows": rows}
+
+
+def _confused(
+    confusion: Sequence[Sequence[int]], names: Sequence[str]
+) -> list[tuple[str, str, int, float]]:
+    """(true, predicted, photographs, share of the true class), the most frequent first."""
+    found = [
+        (names[i], names[j], count, count / sum(row))
+        for i, row in enumerate(confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(found, key=lambda pair: -pair[2])[:_MAX_CONFUSED]
+
+
+def _per_class(scores: Mapping[str, Any], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "key": colour[name]}
+        | of_class
+        | {
+            "bar": charts.interval(
+                of_class["recall_low"], of_class["recall"], of_class["recall_high"]
+            )
+        }
+        for name, of_class in scores["per_class"].items()
+    ]
+
+
+def _reliability(scores: Mapping[str, Any], split: str) -> dict[str, Any]:
+    told = (
+        f"Share that is right against confidence on the {split} split. The expected calibration "
+        f"error is {scores['ece']:.3f}."
+    )
+    return {"svg": charts.reliability(scores["calibration"], told=told), "told": told}
+
+
+def _galleries(items: Sequence[Item], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
+    made = []
+    for kind, title, words in _KINDS:
+        mine = [item for item in items if item.kind == kind]
+        if not mine:
+            continue
+        groups: dict[str, list[Item]] = {}
+        for item in mine:
+            pair = f"{item.label} taken for {item.predicted}" if kind == "confused-pair" else ""
+            groups.setdefault(pair, []).append(item)
+        made.append(
+            {
+                "kind": kind,
+                "title": title,
+                "words": words,
+                "groups": groups,
+                "maps": any(item.cam_jpeg for item in mine),
+            }
+        )
+    return made
+
+
+def _by_class(items: Sequence[Item], names: Sequence[str]) -> dict[str, list[Item]]:
+    found = {
+        name: [item for item in items if item.kind == "sample" and item.label == name]
+        for name in names
+    }
+    return {name: of_class for name, of_class in found.items() if of_class}
+
+
+def _data(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts, duplicates and rejected photographs, as far as the data set is still there."""
+    data = model.get("data", {})
+    told: dict[str, Any] = {"shards": data.get("shards", "?"), "counts": None, "prepared": {}}
+    try:
+        index = shards.read_index(data["shards"])
+    except (KeyError, UserError):
+        return told | {"gone": True}
+    if index.fingerprint != data["fingerprint"]:
+        return told | {"gone": True}
+    pairs = _table(index.root, "duplicates.parquet")
+    rejected = _table(index.root, "rejected.parquet")
+    return told | {
+        "gone": False,
+        "splits": [split for split in SPLITS if index.examples(split)],
+        "counts": index.counts,
+        "totals": {split: index.examples(split) for split in SPLITS},
+        "class_names": index.class_names,
+        "prepared": shards.prepared(index.root),
+        "pairs": pairs[:_MAX_PAIRS],
+        "pairs_left_out": max(0, len(pairs) - _MAX_PAIRS),
+        "rejected": rejected[:_MAX_REJECTED],
+        "rejected_left_out": max(0, len(rejected) - _MAX_REJECTED),
+    }
+
+
+def _table(root: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that jobs/prepare.py left beside the shards, if it did."""
+    try:
+        data = storage.read_bytes(storage.join(root, name))
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    return rows
+
+
+def _stages(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    seconds, rates = facts["seconds"], facts.get("images_per_second", {})
+    longest = max((value for stage, value in seconds.items() if stage != "total"), default=1.0)
+    return [
+        {
+            "title": title,
+            "words": words,
+            "seconds": seconds[stage],
+            "rate": rates.get(stage),
+            "width": 0 if stage == "total" else round(100 * seconds[stage] / max(longest, 1e-9)),
+        }
+        for stage, (title, words) in _STAGES.items()
+        if stage in seconds
+    ] + [
+        {"title": stage, "words": "", "seconds": value, "rate": rates.get(stage), "width": 0}
+        for stage, value in seconds.items()
+        if stage not in _STAGES
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: Any) -> str:
+    """
+    >>> _shown(None), _shown(True), _shown([512, 128])
+    ('none', 'true', '512,128')
+    """
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,163 @@
+"""The report of a training run, of runs that were made without a network."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from leafnet import prepare, report, shards
+from leafnet.errors import UserError
+from leafnet.shards import ShardIndex
+from tests import stored
+from tests.conftest import write_data_set
+from tests.markup import Parsed, check
+
+
+@pytest.fixture
+def run(data_set: ShardIndex, tmp_path: Path) -> Path:
+    folder = tmp_path / "leaves"
+    folder.mkdir()
+    stored.write_run(folder, data_set)
+    return folder
+
+
+def written(run: Path) -> Parsed:
+    return check((run / "report.html").read_bytes())
+
+
+def test_a_report_of_what_is_stored(run: Path, data_set: ShardIndex) -> None:
+    assert report.write(str(run)) == str(run / "report.html")
+    page = written(run)
+    scores = json.loads((run / "metrics.json").read_text())["test"]
+    assert f"Of 90 test photographs, {100 * scores['accuracy']:.1f} % are" in page.text
+    for name in data_set.class_names:
+        assert name in page.text
+    assert "python jobs/train.py --shards data/shards --name leaves" in page.text
+    for fingerprint in (data_set.fingerprint, "0123456789abcdef", "a" * 64, "b" * 64):
+        assert fingerprint in page.text
+    assert "38.2" in page.text  # images/s of the features
+    assert "head.batch_size" in page.text
+    # Eight samples of each of three classes.
+    assert len(page.all("img")) == 24
+    assert "Most confident errors" not in page.text
+
+
+def test_galleries_are_kept_for_the_next_time(run: Path) -> None:
+    items = [
+        *stored.items(4, "confident-error"),
+        *stored.items(3, "likely-wrong-label"),
+        *stored.items(6, "confused-pair"),
+    ]
+    report.write(str(run), items)
+    first = (run / "report.html").read_bytes()
+    page = check(first)
+    assert len(page.all("img")) == 24 + 2 * 13  # each with its map of where the model looked
+    for words in ("Most confident errors", "Likely wrong labels", "early_blight taken for healthy"):
+        assert words in page.text
+    report.write(str(run))
+    assert (run / "report.html").read_bytes() == first
+
+
+def test_duplicates_and_rejected_photographs(tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    index = write_data_set(str(root), {"train": 2, "valid": 1, "test": 1})
+    document = json.loads((root / "index.json").read_text())
+    document["prepared"] = {
+        "source": "photos",
+        "read": 20,
+        "rejected": {"truncated": 2},
+        "duplicates": {"exact": 1, "near": 40},
+        "dropped": {"other-split": 3},
+    }
+    (root / "index.json").write_text(json.dumps(document))
+    pair = {
+        **{"key_a": "a.jpg", "key_b": "<b>.jpg", "split_a": "train", "split_b": None},
+        **{"label_a": "healthy", "label_b": "late_blight", "distance": 2},
+        **{"dropped_a": False, "dropped_b": True},
+    }
+    pairs = [{"kind": "exact"} | pair, *({"kind": "near"} | pair for _ in range(40))]
+    rejected = [{"key": "x.jpg", "reason": "truncated", "message": "cut off"}]
+    for name, rows, schema in (
+        ("duplicates", pairs, prepare.DUPLICATES_SCHEMA),
+        ("rejected", rejected, prepare.REJECTED_SCHEMA),
+    ):
+        pq.write_table(pa.Table.from_pylist(rows, schema), root / f"{name}.parquet")
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, index)
+    report.write(str(run))
+    page = written(run)
+    assert "20 photographs were read from photos ; 2 were rejected." in page.text
+    assert "Identical pairs: 1; pairs that look alike: 40; photographs dropped" in page.text
+    assert "the first 30, 11 more are in duplicates.parquet" in page.text
+    assert "<b>.jpg" in page.text
+    assert "x.jpg truncated cut off" in page.text
+
+
+def test_a_data_set_that_is_gone_or_another(run: Path, tmp_path: Path) -> None:
+    model = run / "model" / "model.json"
+    document = json.loads(model.read_text())
+    other = write_data_set(str(tmp_path / "other"), {"train": 1}, seed=9)
+    for place in (str(tmp_path / "nowhere"), other.root):
+        document["data"]["shards"] = place
+        model.write_text(json.dumps(document))
+        report.write(str(run))
+        page = written(run)
+        assert "is gone, or is another one by now" in page.text
+        assert page.all("img") == []
+
+
+def test_very_many_classes(tmp_path: Path, data_set: ShardIndex) -> None:
+    """Eighty of them: a picture in place of a table of 6,400 cells."""
+    run = tmp_path / "leaves"
+    run.mkdir()
+    names = tuple(f"Tomato___Yellow_Leaf_Curl_Virus_{i}" for i in range(80))
+    stored.write_run(run, data_set, class_names=names)
+    model = run / "model" / "model.json"
+    document = json.loads(model.read_text())
+    document["data"] = {}
+    model.write_text(json.dumps(document))
+    report.write(str(run))
+    page = written(run)
+    (picture,) = page.all("img")
+    assert str(picture["src"]).startswith("data:image/png")
+    assert "The most frequent errors" in page.text
+
+
+def test_random_weights_and_small_classes_are_told_first(run: Path) -> None:
+    model = run / "model" / "model.json"
+    document = json.loads(model.read_text())
+    document["backbone"]["source"] = "random"
+    model.write_text(json.dumps(document))
+    metrics = run / "metrics.json"
+    scores = json.loads(metrics.read_text())
+    scores["test"]["per_class"]["healthy"]["support"] = 4
+    metrics.write_text(json.dumps(scores))
+    report.write(str(run))
+    text = written(run).text
+    assert "The backbone has random weights: this is a check of the pipeline" in text
+    assert "healthy has 4 photographs in the test split" in text
+
+
+def test_a_run_that_is_not_finished(run: Path, tmp_path: Path) -> None:
+    (run / "run.json").unlink()
+    for folder in (run, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="is no finished run") as caught:
+            report.write(str(folder))
+        assert caught.value.reason == "unfinished-run"
+
+
+def test_samples_are_thumbnails_of_each_class(data_set: ShardIndex) -> None:
+    found = report.samples(data_set)
+    keys = {key for shard in data_set.of_split("train") for key in _keys(data_set, shard)}
+    assert [item.label for item in found] == sorted(item.label for item in found)
+    assert {item.label for item in found} == set(data_set.class_names)
+    assert {item.key for item in found} <= keys
+    assert len({item.jpeg for item in found}) == len(found)
+
+
+def _keys(index: ShardIndex, shard: shards.Shard) -> list[str]:
+    found: list[str] = shards.read_columns(index.root, shard, ["key"])["key"].to_pylist()
+    return found
