@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": {"errors", "storage", "local_cache"},
     "sources": {"errors", "storage"},
     "prepare": {"errors", "config"},
+    "tensorboard": {"config", "images", "shards", "storage"},
+    "tracking": {"errors", "config", "storage", "terminal"},
     # The network, its training and its publication.
     "backbone": {"errors", "storage"},
     "classifier": {"backbone"},
@@ -99,6 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "local_cache", "shards"),
         *("backbone", "openvino_graph", "review", "classifier", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
+        *("tensorboard", "tracking"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
