@@ -29,8 +29,12 @@ _FINAL = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "
 _EVERY_S = 2.0  # metrics are sent this often
 _AWAY_S = 60.0  # a server that did not answer is asked again after so long
 _METRICS, _PARAMS = 1000, 100  # that MLflow takes in one request
-# MLflow would try for minutes; a run must not wait for it.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# MLflow would try for minutes, and a run must not wait for it; it also prints links of its own.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 def check(settings: MlflowSettings) -> None:
@@ -203,7 +207,7 @@ class Tracker:
     def _connect(self) -> None:
         if self._id is not None:
             return
-        for name, value in _PATIENCE.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 

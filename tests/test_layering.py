@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "images", "storage", "terminal"),
         *("shards", "sources", "prepare", "lock", "cluster"),
     },
+    "telemetry": {"errors", "config", "terminal", "cluster"},
     "inference": {
         *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
         *("classifier", "features", "bundle", "cluster"),
@@ -109,7 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
-        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster", "telemetry"),
     },
 }
 
@@ -126,6 +127,7 @@ MAY_IMPORT_RAY = {
     "search",
     "rehearsal",
     "doctor",
+    "telemetry",
 }
 
 MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")

@@ -60,7 +60,7 @@ def read(run: Path | str, split: str) -> EventAccumulator:
     return found
 
 
-def points(run: Path | str, split: str, tag: str) -> list[tuple[int, float]]:
+def points(run: Path | str, split: str, tag: str) -> list[tuple[int, Any]]:
     return [(e.step, pytest.approx(e.value)) for e in read(run, split).Scalars(tag)]
 
 
