@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
-.PHONY: demo test lint bench clean s3-server
+.PHONY: demo test lint docs docs-check bench clean s3-server
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -29,6 +29,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m tests.docs
+
+# Also part of `make test`.
+docs-check: $(READY)
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
