@@ -80,6 +80,10 @@ def test_a_run_leaves_all_that_it_should(
     description = json.loads((folder / "model" / "model.json").read_text())
     assert description["metrics"] == scores
 
+    assert description["data"]["fingerprint"] == data_set.fingerprint
+    assert description["settings"] == chosen.model_dump(mode="json")
+    assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
+
 
 def test_tensorboard_shows_every_epoch_once(run: tuple[TrainSettings, Path]) -> None:
     _, folder = run
@@ -88,9 +92,6 @@ def test_tensorboard_shows_every_epoch_once(run: tuple[TrainSettings, Path]) -> 
     shown = test_tensorboard.read(folder, "test").Tags()
     assert {"confusion", "samples/healthy"} <= set(shown["images"])
     assert "final/macro_f1" in shown["scalars"]
-    assert description["data"]["fingerprint"] == data_set.fingerprint
-    assert description["settings"] == chosen.model_dump(mode="json")
-    assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
 
 
 def test_the_published_model_gives_the_metrics(
