@@ -79,7 +79,6 @@ def test_a_run_leaves_all_that_it_should(
     assert "random weights: a check of the pipeline" in card
     description = json.loads((folder / "model" / "model.json").read_text())
     assert description["metrics"] == scores
-
     assert description["data"]["fingerprint"] == data_set.fingerprint
     assert description["settings"] == chosen.model_dump(mode="json")
     assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
