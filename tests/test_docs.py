@@ -120,6 +120,17 @@ def test_links_lead_somewhere(page: str) -> None:
         assert (path.parent / link).exists(), f"{page} links to {link}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "leafnet/README.md", "cluster/TROUBLESHOOTING.md"])
+def test_settings_in_the_text_exist(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    if page.endswith("TROUBLESHOOTING.md"):
+        text = re.sub(r"^\| `.*?` \|", "", text, flags=re.MULTILINE)  # messages
+    given = set(re.findall(r"`--([a-z][\w.]*)", text))
+    known = {name for of_job in docs.jobs().values() for name, _ in config.leaves(of_job)}
+    assert given
+    assert given <= known | {"config", "help", "json", "verbose"}
+
+
 def test_one_version_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
