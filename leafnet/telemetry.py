@@ -1,11 +1,13 @@
 """The night in Ray's metrics, which Prometheus reads from every node of a cluster.
 
-Ray forgets the gauges of a process some seconds after it has ended, and a night's driver ends when
-its numbers are known. So a small actor, which asks for no CPU and stays when the job is over, keeps
-them; on a local Ray, which ends with the job, there is nobody to read them.
+Ray drops a gauge that is not set again within some seconds, and gives the counters of each driver
+labels of their own; and a night's driver ends when its numbers are known. So a small actor, which asks
+for no CPU and stays when the job is over, keeps them. On a local Ray, which ends with the job, there
+is nobody to read them.
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -146,14 +148,28 @@ class Keeper:
 
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._refresh, daemon=True).start()
 
     def record(self, values: list[tuple[str, dict[str, Any], dict[str, str], float]]) -> None:
         """Increase counters and set gauges: (name, description of the metric, labels, value)."""
-        for name, metric, labels, value in values:
-            if name not in self._metrics:
-                kind = Counter if metric["kind"] == "counter" else Gauge
-                self._metrics[name] = kind(name, metric["description"], tuple(sorted(labels)))
-            if metric["kind"] == "gauge":
-                self._metrics[name].set(value, labels)
-            elif value > 0:
-                self._metrics[name].inc(value, labels)
+        with self._lock:
+            for name, metric, labels, value in values:
+                if name not in self._metrics:
+                    kind = Counter if metric["kind"] == "counter" else Gauge
+                    self._metrics[name] = kind(name, metric["description"], tuple(sorted(labels)))
+                if metric["kind"] == "gauge":
+                    self._metrics[name].set(value, labels)
+                    self._gauges[name, tuple(labels.items())] = value
+                elif value > 0:
+                    self._metrics[name].inc(value, labels)
+
+    def _refresh(self) -> None:
+        # A node drops a gauge that was not set for two of these intervals.
+        every_s = max(1.0, ray._config.metrics_report_interval_ms() / 1000)
+        while True:
+            time.sleep(every_s)
+            with self._lock:
+                for (name, labels), value in self._gauges.items():
+                    self._metrics[name].set(value, dict(labels))

@@ -180,6 +180,8 @@ def test_a_night_on_a_cluster_is_at_its_metrics_endpoint(
     deadline = time.monotonic() + 15
     while len(found := scraped(url)) < 8 and time.monotonic() < deadline:
         time.sleep(0.3)
+    time.sleep(4)  # longer than Ray keeps what is not set again, here 2 s
+    found = scraped(url)
     # The job has ended; what it told stays.
     assert found["ray_leafnet_photographs_total", "ok"] == 6
     assert found["ray_leafnet_photographs_total", "failed"] == 1
