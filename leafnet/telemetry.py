@@ -1,9 +1,9 @@
 """The night in Ray's metrics, which Prometheus reads from every node of a cluster.
 
 Ray drops a gauge that is not set again within some seconds, and gives the counters of each driver
-labels of their own; and a night's driver ends when its numbers are known. So a small actor, which asks
-for no CPU and stays when the job is over, keeps them. On a local Ray, which ends with the job, there
-is nobody to read them.
+labels of their own; and a night's driver ends when its numbers are known. So a small actor, which
+asks for no CPU and stays when the job is over, keeps them. On a local Ray, which ends with the job,
+there is nobody to read them.
 """
 
 import os
@@ -54,6 +54,10 @@ METRICS = {
     "leafnet_reasons": Metric(
         "counter", "photographs for review or failed, by the slug of their reason", "reason"
     ),
+    "leafnet_night_photographs": Metric("gauge", "photographs of the last night", "status"),
+    "leafnet_night_reasons": Metric(
+        "gauge", "photographs of the last night for review or failed, by reason", "reason"
+    ),
     "leafnet_review_share": Metric("gauge", "share of the last night for review [0 to 1]"),
     "leafnet_failed_share": Metric("gauge", "share of the last night that failed [0 to 1]"),
     "leafnet_images_per_second": Metric(
@@ -83,6 +87,8 @@ def of_night(summary: Mapping[str, Any], *, max_failed: float) -> list[Value]:
         ("leafnet_nights", {"result": result}, 1),
         *(("leafnet_photographs", {"status": name}, count) for name, count in status.items()),
         *(("leafnet_reasons", {"reason": slug}, n) for slug, n in summary["reasons"].items()),
+        *(("leafnet_night_photographs", {"status": name}, n) for name, n in status.items()),
+        *(("leafnet_night_reasons", {"reason": slug}, n) for slug, n in summary["reasons"].items()),
         *(
             ("leafnet_images_per_second", {"stage": stage}, rate)
             for stage, rate in summary.get("images_per_second", {}).items()
@@ -155,6 +161,11 @@ class Keeper:
     def record(self, values: list[tuple[str, dict[str, Any], dict[str, str], float]]) -> None:
         """Increase counters and set gauges: (name, description of the metric, labels, value)."""
         with self._lock:
+            # A reason that the last night did not have is not to be shown as one of it.
+            said = {(name, labels["out"]) for name, _, labels, _ in values}
+            for known in list(self._gauges):
+                if (known[0], dict(known[1])["out"]) in said:
+                    del self._gauges[known]
             for name, metric, labels, value in values:
                 if name not in self._metrics:
                     kind = Counter if metric["kind"] == "counter" else Gauge

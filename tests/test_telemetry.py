@@ -38,6 +38,11 @@ def test_what_is_told_of_a_night() -> None:
         ("leafnet_photographs", {"status": "failed"}, 1),
         ("leafnet_reasons", {"reason": "low-confidence"}, 3),
         ("leafnet_reasons", {"reason": "truncated"}, 1),
+        ("leafnet_night_photographs", {"status": "ok"}, 6),
+        ("leafnet_night_photographs", {"status": "review"}, 3),
+        ("leafnet_night_photographs", {"status": "failed"}, 1),
+        ("leafnet_night_reasons", {"reason": "low-confidence"}, 3),
+        ("leafnet_night_reasons", {"reason": "truncated"}, 1),
         ("leafnet_images_per_second", {"stage": "from_start_to_end"}, 40.5),
         ("leafnet_night_seconds", {"stage": "total"}, 12.5),
         ("leafnet_review_share", {}, 0.3),
@@ -178,7 +183,7 @@ def test_a_night_on_a_cluster_is_at_its_metrics_endpoint(
     done = run(command, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     deadline = time.monotonic() + 15
-    while len(found := scraped(url)) < 8 and time.monotonic() < deadline:
+    while len(found := scraped(url)) < 12 and time.monotonic() < deadline:
         time.sleep(0.3)
     time.sleep(4)  # longer than Ray keeps what is not set again, here 2 s
     found = scraped(url)
@@ -187,6 +192,8 @@ def test_a_night_on_a_cluster_is_at_its_metrics_endpoint(
     assert found["ray_leafnet_photographs_total", "failed"] == 1
     assert found["ray_leafnet_reasons_total", "empty"] == 1
     assert found["ray_leafnet_nights_total", "published"] == 1
+    assert found["ray_leafnet_night_photographs", "ok"] == 6
+    assert found["ray_leafnet_night_reasons", "empty"] == 1
     assert found["ray_leafnet_review_share", ""] == 0
     assert found["ray_leafnet_failed_share", ""] == pytest.approx(1 / 7)
     assert found["ray_leafnet_images_per_second", "from_start_to_end"] > 0
