@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -145,6 +146,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
         yield environment | {"RAY_ADDRESS": f"127.0.0.1:{ports[0]}"}, metrics
         kill_session(process.pid)
         process.wait()
+    shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def _scrape(url: str) -> str:
