@@ -8,7 +8,7 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test lint bench clean s3-server browser
+.PHONY: demo test lint docs docs-check bench clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -43,6 +43,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m tests.docs
+
+# Also part of `make test`.
+docs-check: $(READY)
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ARGS)

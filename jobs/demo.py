@@ -14,12 +14,22 @@ from leafnet import demo, terminal
 from leafnet.errors import UserError
 from leafnet.terminal import say
 
+EXAMPLES = """\
+  python jobs/demo.py
+  python jobs/demo.py --out /tmp/leaves
+  make demo PYTHON=python3.12
+"""
 JOBS = Path(__file__).parent
 PER_CLASS, NEW_PER_CLASS = 80, 10
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="jobs/demo.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="jobs/demo.py",
+        description=__doc__,
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all it makes")
     out: Path = parser.parse_args(argv).out
     photographs, incoming = out / "photographs", out / "incoming"

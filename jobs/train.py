@@ -7,7 +7,7 @@ from leafnet import config, terminal
 
 EXAMPLES = """\
   python jobs/train.py --shards data/shards --name potato
-  python jobs/train.py --config jobs/train.yaml --name potato --head.epochs 80
+  python jobs/train.py --config jobs/train.yaml --shards data/shards --name b --head.epochs 80
   python jobs/train.py --shards data/shards --name potato --dry-run
 exit codes:
   0 done, or nothing to do; 2 a setting or file is wrong; 3 another job trains under --name;

@@ -235,6 +235,31 @@ class DoctorSettings(Settings):
     ray: RaySettings = RaySettings()
 
 
+class MlflowSettings(Settings):
+    """What is told to an MLflow tracking server, and to which one."""
+
+    enabled: bool = Field(
+        False,
+        description="log the run to MLflow; in YAML `mlflow: true` will do, and a tracking_uri "
+        "turns it on, too",
+    )
+    tracking_uri: str | None = Field(
+        None,
+        description="tracking server, such as http://mlflow:5000, or sqlite:///FILE; none: that of "
+        "MLFLOW_TRACKING_URI. Credentials only in MLflow's own environment variables",
+    )
+    experiment: str = Field("leafnet", description="name of the experiment in MLflow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {"enabled": value}
+        if isinstance(value, dict) and value.get("tracking_uri") and "enabled" not in value:
+            return {**value, "enabled": True}
+        return value
+
+
 class TrainSettings(Settings):
     """Settings of jobs/train.py."""
 
@@ -304,6 +329,7 @@ class TrainSettings(Settings):
     data: DataSettings = DataSettings()
     cache: CacheSettings = CacheSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    mlflow: MlflowSettings = MlflowSettings()
     ray: RaySettings = RaySettings()
 
 

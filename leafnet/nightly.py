@@ -35,6 +35,7 @@ from leafnet import (
     openvino_graph,
     scoring,
     storage,
+    telemetry,
     terminal,
     thumbnails,
 )
@@ -87,7 +88,9 @@ def run(settings: ScoreSettings) -> None:
     _choose(settings, model, gpu=settings.gpu is True, best_float="float32")
     with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
         summary = _night(settings, model, held)
-    if summary is not None:
+    if summary is None:
+        telemetry.nothing_new(settings.ray, out=settings.out)
+    else:
         _judge(summary, settings.max_failed)
 
 
@@ -167,9 +170,18 @@ def _work(
         "tried_again": difference.again,
         "finished_before": int(done.sum()),
     }
-    if missing.any():
+    if not missing.any():
+        return _publish(settings, model, staging, held, facts, seconds, began)
+    began_session = time.monotonic()
+    # Until the night is published, for the cluster is told of it.
+    with cluster.session(settings.ray):
+        opened_s = time.monotonic() - began_session
         facts |= _score(settings, model, photographs, missing, staging, held, seconds)
-    return _publish(settings, model, staging, held, facts, seconds, began)
+        seconds["start"] += opened_s
+        summary = _publish(settings, model, staging, held, facts, seconds, began)
+        values = telemetry.of_night(summary, max_failed=settings.max_failed)
+        telemetry.tell(values, out=settings.out)
+    return summary
 
 
 def _say_listing(photographs: Listing, difference: Difference) -> None:

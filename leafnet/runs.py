@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -38,7 +38,9 @@ from leafnet import (
     search,
     shards,
     storage,
+    tensorboard,
     terminal,
+    tracking,
 )
 from leafnet.classifier import Head, fold_standardisation
 from leafnet.config import SPLITS, DataSettings, EvaluateSettings, TrainSettings
@@ -52,7 +54,7 @@ from leafnet.training import steps_per_epoch
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
     *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout"),
-    *("data.", "cache.", "checkpoint.", "ray."),
+    *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
 
 
@@ -82,6 +84,7 @@ def train(settings: TrainSettings) -> None:
     _check_search(settings, index)
     if settings.int8:
         _check_int8(index)
+    tracking.check(settings.mlflow)
     if _nothing_to_do(run, settings, index):
         return
     began = time.monotonic()
@@ -100,9 +103,14 @@ def train(settings: TrainSettings) -> None:
             terminal.keeps(f"features and checkpoints are kept in {settings.out}")
             say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
             storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
-            with cluster.session(settings.ray) as found:
+            with (
+                tracking.follow(
+                    settings.mlflow, run, name=settings.name, parameters=_flat(settings)
+                ) as tracker,
+                cluster.session(settings.ray) as found,
+            ):
                 nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
-                _train_on(nodes, settings, run, index, weights, began, held)
+                _train_on(nodes, settings, run, index, weights, began, held, tracker)
 
 
 def _read_index(root: str, settings: DataSettings) -> ShardIndex:
@@ -128,7 +136,9 @@ def _train_on(
     weights: backbone.Weights,
     began: float,
     held: Lock,
+    tracker: tracking.Tracker,
 ) -> None:
+    events = tensorboard.EventLog(run)
     seconds: dict[str, float] = {}
     machines = cluster.machines(nodes, settings.gpu)
     workers, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
@@ -160,6 +170,7 @@ def _train_on(
                 workers=workers,
                 cpus=cpus,
                 gpu=machines.gpus > 0,
+                watchers=(events.epoch, tracker.epoch),
             )
             break
         except features.DamagedParts as error:
@@ -185,7 +196,7 @@ def _train_on(
         if index.examples(split)
     }
     held.check()
-    _write_results(run, result.state.history, scores, index.class_names)
+    _write_results(run, result.state.history, scores, index, events)
     head = fold_standardisation(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
@@ -237,6 +248,12 @@ def _train_on(
         },
     )
     told = _report(run)
+    tracker.results(
+        result.state.history,
+        scores,
+        tags={"model_id": model_id, "model": storage.join(run, "model")},
+        parameters=_flat(settings),
+    )
     _say_results(run, scores, model_id, seconds["total"], result.state)
     say(f"report    {told}")
     terminal.result(
@@ -364,6 +381,19 @@ def _quantize(
     told_of["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
     told_of["reference"] = drift.reference(made.outcomes)
     return made.int8, chosen, told_of
+
+
+def _flat(settings: TrainSettings) -> dict[str, Any]:
+    """Every setting: dotted name -> value."""
+    values = settings.model_dump(mode="json")
+
+    def value(name: str) -> Any:
+        found: Any = values
+        for part in name.split("."):
+            found = found[part]
+        return found
+
+    return {name: value(name) for name, _ in config.leaves(TrainSettings)}
 
 
 def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -545,7 +575,13 @@ def _search(
 
 
 def _fit_head(
-    job: fitting.HeadJob, run: str, *, workers: int, cpus: float, gpu: bool
+    job: fitting.HeadJob,
+    run: str,
+    *,
+    workers: int,
+    cpus: float,
+    gpu: bool,
+    watchers: Sequence[Callable[[dict[str, float]], None]],
 ) -> fitting.HeadResult:
     best = float("inf")
     with terminal.progress("head", job.head.epochs, unit="epochs") as advance:
@@ -555,6 +591,8 @@ def _fit_head(
             is_best = row.get("valid_loss", best) < best
             best = min(best, row.get("valid_loss", best))
             say(_epoch_line(row, job.head.epochs) + ("   best" if is_best else ""))
+            for watch in watchers:
+                watch(row)
             advance(1)
 
         return fitting.fit_head(
@@ -581,7 +619,8 @@ def _write_results(
     run: str,
     history: Sequence[dict[str, float]],
     scores: Mapping[str, Any],
-    class_names: Sequence[str],
+    index: ShardIndex,
+    events: tensorboard.EventLog,
 ) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]))
@@ -591,9 +630,15 @@ def _write_results(
     storage.write_json(storage.join(run, "metrics.json"), scores)
     storage.write_bytes(storage.join(run, "curves.png"), plots.curves_png(history))
     shown = next(iter(scores))
-    storage.write_bytes(
-        storage.join(run, "confusion.png"),
-        plots.confusion_png(scores[shown]["confusion"], class_names, title=f"{shown} split"),
+    confusion = plots.confusion_png(
+        scores[shown]["confusion"], index.class_names, title=f"{shown} split"
+    )
+    storage.write_bytes(storage.join(run, "confusion.png"), confusion)
+    events.results(
+        history,
+        scores,
+        images={"confusion": confusion},
+        samples=tensorboard.sample_photographs(index, shown),
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from leafnet import bundle, terminal
 from leafnet.shards import ShardIndex
-from tests import stored
+from tests import stored, test_tensorboard
 from tests.conftest import leaf_jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +220,8 @@ def test_killed_and_started_again_equals_never_killed(data_set: ShardIndex, tmp_
     assert "goes on where it stopped" in done.stdout
     assert "epoch  1/12" not in done.stdout
     assert (killed / "a/history.csv").read_text() == (whole / "a/history.csv").read_text()
+    for split in ("train", "valid"):
+        assert test_tensorboard.written(killed / "a", split, "loss") == list(range(1, 13))
     first, second = (bundle.load(str(out / "a/model")) for out in (whole, killed))
     assert first.model_id == second.model_id
 

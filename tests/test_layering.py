@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": {"errors", "storage", "local_cache"},
     "sources": {"errors", "storage"},
     "prepare": {"errors", "config"},
+    "tensorboard": {"config", "images", "shards", "storage"},
+    "tracking": {"errors", "config", "storage", "terminal"},
     # The network, its training and its publication.
     "backbone": {"errors", "storage"},
     "classifier": {"backbone"},
@@ -82,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "images", "storage", "terminal"),
         *("shards", "sources", "prepare", "lock", "cluster"),
     },
+    "telemetry": {"errors", "config", "terminal", "cluster"},
     "inference": {
         *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
         *("classifier", "features", "bundle", "cluster"),
@@ -112,7 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "local_cache", "shards"),
         *("backbone", "openvino_graph", "review", "classifier", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
-        *("drift", "report"),
+        *("drift", "report", "tensorboard", "tracking"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
@@ -120,7 +123,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
-        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
+        *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster", "telemetry"),
         *("thumbnails", "night_report"),
     },
 }
@@ -138,6 +141,7 @@ MAY_IMPORT_RAY = {
     "search",
     "rehearsal",
     "doctor",
+    "telemetry",
 }
 
 MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")

@@ -15,6 +15,7 @@ from leafnet import bundle, config, lock, runs, shards, storage, terminal
 from leafnet.config import EvaluateSettings, TrainSettings
 from leafnet.errors import EXIT_IN_USE, UserError
 from leafnet.shards import ShardIndex
+from tests import test_tensorboard
 from tests.conftest import write_data_set
 from tests.markup import check
 
@@ -89,6 +90,15 @@ def test_a_run_leaves_all_that_it_should(
     assert facts["images_per_second"]["features"] > 0
     assert facts["command"] in page.text
     assert [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".keras")] == []
+
+
+def test_tensorboard_shows_every_epoch_once(run: tuple[TrainSettings, Path]) -> None:
+    _, folder = run
+    for split, tag in (("train", "loss"), ("train", "learning_rate"), ("valid", "accuracy")):
+        assert test_tensorboard.written(folder, split, tag) == [1, 2, 3, 4]
+    shown = test_tensorboard.read(folder, "test").Tags()
+    assert {"confusion", "samples/healthy"} <= set(shown["images"])
+    assert "final/macro_f1" in shown["scalars"]
 
 
 def test_the_published_model_gives_the_metrics(

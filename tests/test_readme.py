@@ -1,0 +1,178 @@
+"""Every command in README.md's code blocks: the local ones run in order, the others are parsed."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from ray.scripts.scripts import cli as ray_cli
+
+from leafnet import config, demo, terminal
+from leafnet.errors import UserError
+from tests import docs
+from tests.test_docs import load
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+# What makes a command one for a cluster or a bucket, or leaves something for the reader to fill in.
+ELSEWHERE = re.compile(r"…|://|\b[A-Z]{4,}\b")
+# Beside what the README says, so that it takes seconds: a small network on small pictures.
+QUICK = {
+    "train": [
+        *("--weights", "random", "--image_size", "48", "--views", "2"),
+        *("--head.epochs", "3", "--head.units", "8", "--head.batch_size", "16"),
+    ],
+    "score": ["--max_failed", "100"],
+}
+TIGHTER = {"--head.search": "2", "--cross_validate": "2", "--views": "2"}
+PROGRAMS = {"python", "make", "ray", "pip", "source", "tensorboard", "export", "git", "cd"}
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, text) of every code block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The commands of all blocks that hold some, comments taken away, in order."""
+    found = []
+    for language, text in blocks():
+        lines = [line for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line.strip()]
+        is_shell = language in ("sh", "bash", "console")
+        if is_shell or (not language and lines[0].split()[0] in PROGRAMS):
+            for line in lines:
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words:
+                    found.append(words)
+    return found
+
+
+def test_commands_were_found() -> None:
+    found = commands()
+    assert {words[0] for words in found} <= PROGRAMS
+    ours = [words[1] for words in found if words[0] == "python"]
+    for job in ("prepare", "train", "evaluate", "score"):
+        assert any(word in (f"jobs/{job}.py", "-m") for word in ours), job
+
+
+def job_of(words: list[str]) -> str | None:
+    match = re.fullmatch(r"jobs/(\w+)\.py", words[1]) if words[0] == "python" else None
+    return match[1] if match else None
+
+
+def runs_here(words: list[str]) -> bool:
+    return job_of(words) in docs.jobs() and not ELSEWHERE.search(" ".join(words))
+
+
+@pytest.mark.parametrize(
+    "words", [w for w in commands() if not runs_here(w)], ids=lambda words: " ".join(words)
+)
+def test_commands_that_are_not_run_are_right(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    check(words)
+
+
+def check(words: list[str]) -> None:
+    program, *rest = words
+    if program == "make":
+        (target, *_) = [word for word in rest if "=" not in word]
+        assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), f"there is no module {rest[1]}"
+    elif program == "python":
+        job = job_of(words)
+        assert job, words
+        check_job(job, rest[1:])
+    elif program == "ray":
+        check_ray(rest)
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for names in re.findall(r"\[(.*?)\]", " ".join(rest)):
+            assert set(names.split(",")) <= set(extras["optional-dependencies"])
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+        assert "VENV := .venv" in (ROOT / "Makefile").read_text()
+    elif program == "tensorboard":
+        assert Path(sys.executable).with_name("tensorboard").exists()
+        assert {word for word in rest if word.startswith("--")} <= {"--logdir", "--port"}
+
+
+def check_job(job: str, arguments: list[str]) -> None:
+    if job not in docs.jobs():
+        assert (ROOT / "jobs" / f"{job}.py").exists()
+        return
+    known = {name for name, _ in config.leaves(docs.jobs()[job])}
+    if "…" in " ".join(arguments) or "--help" in arguments:
+        given = {w[2:].split("=")[0] for w in arguments if w.startswith("--")}
+        assert given - {"help", "config", "json", "verbose"} <= known
+        return
+    config.parse(docs.jobs()[job], arguments, prog=job, description="")
+
+
+def check_ray(words: list[str]) -> None:
+    command: Any = ray_cli
+    words = list(words)
+    while isinstance(command, click.Group):
+        assert words[0] in command.commands, f"ray has no {words[0]}"
+        command = command.commands[words.pop(0)]
+    if "--" in words:
+        submitted = words[words.index("--") + 1 :]
+        words = words[: words.index("--")]
+        check(submitted)
+    options = {option for parameter in command.params for option in parameter.opts}
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert given <= options, f"ray {command.name} has no {given - options}"
+
+
+def test_what_is_wrong_is_found() -> None:
+    for words, kind in (
+        ("python jobs/train.py --shard s3://a --name b", UserError),
+        ("ray start --heads", AssertionError),
+        ("ray job submit -- python jobs/score.py --modle s3://…", AssertionError),
+        ("make demos", AssertionError),
+        ("pip install 'leafnet[gpus]'", AssertionError),
+    ):
+        with pytest.raises(kind):
+            check(shlex.split(words))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_local_commands_in_order(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with drawn leaves where the README has photographs, and what its commands make."""
+    demo.write_photographs(tmp_path / "photos", per_class=16)
+    demo.write_photographs(tmp_path / "labelled", per_class=2, seed=1)
+    (tmp_path / "incoming").mkdir()
+    for path in (tmp_path / "labelled").rglob("*.jpg"):
+        shutil.copy(path, tmp_path / "incoming" / f"{path.parent.name}-{path.name}")
+    shutil.copy(next((tmp_path / "incoming").iterdir()), tmp_path / "leaf.jpg")
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for words in filter(runs_here, commands()):
+        job = job_of(words)
+        assert job
+        arguments = list(words[2:])
+        for flag, value in TIGHTER.items():
+            if flag in arguments:
+                arguments[arguments.index(flag) + 1] = value
+        code = terminal.run_job(load(job).main, [*arguments, *QUICK.get(job, [])])
+        assert code == 0, " ".join(words)
+        done.append(job)
+    assert done[:4] == ["prepare", "train", "evaluate", "score"]
+    for language, text in blocks():
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+    assert list(tmp_path.glob("predictions/date=*/*.parquet"))
+    assert (tmp_path / "runs" / "potato" / "tensorboard" / "train").is_dir()
