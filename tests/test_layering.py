@@ -23,6 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "demo": {"errors"},
     "plots": {"metrics"},
+    "mistakes": set(),
+    "slices": {"errors", "metrics"},
+    "background": {"metrics"},
     # The data set.
     "local_cache": {"storage"},
     "shards": {"errors", "storage", "local_cache"},
@@ -35,6 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "onnx_graph": {"backbone", "classifier"},
     "novelty": set(),
     "review": {"metrics"},
+    "calibration": {"metrics", "classifier"},
+    "resampling": {"metrics", "calibration"},
+    "evaluation_tables": {"terminal", "background", "resampling"},
+    "tta": {"classifier"},
+    "cam": {"backbone", "classifier"},
+    "gallery": {"storage", "images", "metrics", "mistakes", "shards", "cam"},
     "features": {"storage", "images", "shards", "backbone"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
@@ -63,15 +72,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
     "fitting": {
         *("config", "images", "metrics", "storage", "local_cache", "shards", "backbone"),
-        *("novelty", "review", "classifier", "features", "checkpoint", "training", "workers"),
+        *("novelty", "review", "classifier", "calibration", "features", "checkpoint", "training"),
+        "workers",
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
         *("shards", "sources", "prepare", "lock", "cluster"),
     },
     "inference": {
-        *("images", "metrics", "shards", "backbone", "openvino_graph", "novelty", "review"),
-        *("classifier", "features", "bundle", "cluster"),
+        *("images", "background", "shards", "backbone", "openvino_graph", "novelty", "review"),
+        *("classifier", "tta", "cam", "gallery", "features", "bundle", "engine", "cluster"),
     },
     "answers": {
         *("errors", "config", "storage", "terminal", "shards", "sources", "labelstudio"),
@@ -95,17 +105,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "storage", "terminal", "machine", "backbone", "openvino_graph"),
         "cluster",
     },
+    "evaluation": {
+        *("errors", "images", "metrics", "storage", "config", "terminal", "mistakes", "slices"),
+        *("background", "local_cache", "shards", "openvino_graph", "classifier", "calibration"),
+        *("resampling", "evaluation_tables", "gallery", "bundle", "engine", "cluster"),
+        "inference",
+    },
     "runs": {
-        *("errors", "config", "metrics", "storage", "terminal", "plots", "local_cache", "shards"),
-        *("backbone", "openvino_graph", "review", "classifier", "features", "checkpoint"),
+        *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
+        *("openvino_graph", "review", "classifier", "calibration", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
+        "evaluation",
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
         *("comparison", "cluster", "side_by_side"),
     },
     "nightly": {
-        *("errors", "config", "storage", "terminal", "openvino_graph", "classifier", "bundle"),
+        *("errors", "config", "storage", "terminal", "openvino_graph", "bundle", "tta"),
         *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster"),
     },
 }
@@ -116,6 +133,7 @@ MAY_IMPORT_RAY = {
     "fitting",
     "ingest",
     "inference",
+    "evaluation",
     "runs",
     "side_by_side",
     "promotion",
