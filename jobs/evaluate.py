@@ -1,4 +1,4 @@
-"""Evaluate a published model: every image of a split exactly once."""
+"""Evaluate a published model: every image of a split exactly once, and how sure the figures are."""
 
 import sys
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from leafnet import config, terminal
 
 EXAMPLES = """\
-  python jobs/evaluate.py --model runs/potato/model --shards data/shards
-  python jobs/evaluate.py --model runs/potato/model --shards data/shards --split all
-  python jobs/evaluate.py --model runs/potato/model --shards data/shards --out metrics.json
+  python jobs/evaluate.py --model runs/potato/model --shards data/shards --out evaluation
+  python jobs/evaluate.py --model runs/b/model --against runs/a/model --shards data/shards
+  python jobs/evaluate.py --model runs/b/model --shards data/shards --tta 8 --slice_by "(farm_.)/"
 """
 
 
@@ -21,9 +21,9 @@ def main(argv: Sequence[str]) -> None:
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import runs
+    from leafnet import evaluation
 
-    runs.evaluate(settings)
+    evaluation.run(settings)
 
 
 if __name__ == "__main__":

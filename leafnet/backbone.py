@@ -221,7 +221,11 @@ def _fold(raw: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
 
 
 def build(
-    weights: dict[str, tuple[Array, Array]], *, image_size: int, precision: str
+    weights: dict[str, tuple[Array, Array]],
+    *,
+    image_size: int,
+    precision: str,
+    pooled: bool = True,
 ) -> "keras.Model":
     """The folded network: RGB in 0..255, [B, image_size, image_size, 3] -> [B, 2048] float32.
 
@@ -232,6 +236,7 @@ def build(
         weights: as `Weights.convolutions`.
         image_size: pixels; the network is built for squares of this size.
         precision: `float32` or `bfloat16`, of convolutions and their weights.
+        pooled: False leaves the average out: the last feature map, [B, h, w, 2048].
     """
     import keras
 
@@ -246,8 +251,9 @@ def build(
 
     images = keras.Input((image_size, image_size, 3), dtype="float32", name="rgb")
     centred = images - np.array(MEAN_BGR[::-1], np.float32)
-    maps = folded(keras.ops.cast(centred, precision))
-    features = keras.ops.mean(keras.ops.cast(maps, "float32"), axis=(1, 2))
+    features = keras.ops.cast(folded(keras.ops.cast(centred, precision)), "float32")
+    if pooled:
+        features = keras.ops.mean(features, axis=(1, 2))
     model = keras.Model(images, features, name="backbone")
     model.trainable = False
     return model

@@ -398,6 +398,7 @@ def model_card(description: dict[str, Any]) -> str:
             "",
             f"Weakest class: `{worst[0]}`, of which {worst[1]['recall']:.0%} are found.",
         ]
+    lines += _card_of_temperature(description.get("temperature"))
     lines += _card_of_review(description.get("review"))
     lines += _card_of_int8(description.get("int8"))
     if weights.get("source") == "random":
@@ -409,6 +410,22 @@ def model_card(description: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _card_of_temperature(document: dict[str, Any] | None) -> list[str]:
+    if document is None:
+        return []
+    effects = [
+        f"from {ece['before']:.3f} to {ece['after']:.3f} on {split}"
+        for split, ece in document["ece"].items()
+    ]
+    return [
+        "",
+        f"Its probabilities are calibrated by a temperature of {document['value']:.3f}, fitted on "
+        f"{document['examples']:,} validation photographs and part of the head: it took the ECE "
+        + " and ".join(effects)
+        + ".",
+    ]
 
 
 def _card_of_review(document: dict[str, Any] | None) -> list[str]:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -49,6 +50,14 @@ def _day(value: Any) -> Any:
 
 
 Count = Annotated[int | Auto, AfterValidator(_at_least_one)]
+
+
+def _number(value: Any) -> Any:
+    # Literals of numbers do not take the text of a command line.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Views = Annotated[Literal[1, 4, 8], BeforeValidator(_number)]
 
 
 class Settings(BaseModel):
@@ -308,6 +317,9 @@ class TrainSettings(Settings):
         description="quantize the published backbone for OpenVINO on CPUs, unless that costs more "
         "than 0.5 points of validation accuracy",
     )
+    explain: bool = Field(
+        True, description="class activation maps in the gallery of the evaluation, some seconds"
+    )
     seed: int = Field(0, ge=0, description="seed of initial weights, order, views and dropout")
     cross_validate: int | None = Field(
         None,
@@ -342,10 +354,31 @@ class EvaluateSettings(Settings):
         "test", description="what to evaluate on"
     )
     out: Url | None = Field(
-        None, description="file or URL for the metrics as JSON; none: not written"
+        None,
+        description="folder or URL for evaluation.json and the photographs worth a look; a name "
+        "that ends in .json: that file alone; none: not written",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
+    against: Url | None = Field(
+        None, description="another published model to compare with; none: no comparison"
+    )
+    slice_by: str | None = Field(
+        None,
+        description="regular expression on the key: accuracy by what it finds, of each named group "
+        "or of group 1; none: only by folder and size",
+    )
+    tta: Views = Field(
+        1,
+        description="test-time augmentation: mean over so many views, the flips (4) and quarter "
+        "turns too (8) [views]",
+    )
+    explain: bool = Field(
+        True, description="with --out: class activation maps beside the photographs"
+    )
+    engine: Literal["auto", "tensorflow", "openvino"] = Field(
+        "auto", description="what runs the network; auto: the fastest, which score takes too"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="of the backbone; auto: the fastest that model and processor have"
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
     batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
@@ -381,6 +414,11 @@ class ScoreSettings(Settings):
     )
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto", description="of the backbone; auto: the fastest that model and processor have"
+    )
+    tta: Views = Field(
+        1,
+        description="test-time augmentation: mean over so many views, the flips (4) and quarter "
+        "turns too (8); takes so many times as long [views]",
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
     workers: Count = Field(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from leafnet import (
     backbone,
+    calibration,
     checkpoint,
     features,
     novelty,
@@ -70,6 +71,13 @@ class Online:
     shards_cache: LocalCache | None = None  # as `ShardIndex.cache`
 
 
+class Answers(NamedTuple):
+    """What the head says of every example of a split, in their order."""
+
+    logits: NDArray[np.float32]  # [N, C]
+    labels: NDArray[np.int32]  # [N]
+
+
 @dataclass
 class HeadResult:
     """What the workers made."""
@@ -80,6 +88,9 @@ class HeadResult:
     tallies: dict[str, Tally]  # every example of every split once, by the best head
     novelty: Novelty
     outcomes: dict[str, Outcomes]  # of each example of valid and test, in order, by the best head
+    # What the best head's logits are divided by; all that is counted here is divided already.
+    temperature: float
+    answers: dict[str, Answers]  # of valid and test
 
 
 def fit_head(
@@ -187,24 +198,69 @@ def _fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -
         state=state,
     )
     head = fold_standardisation(state.best_head, mean=mean, deviation=deviation)
-    tallies = {}
-    for split, (of_split, labels) in splits.items():
-        tallies[split] = empty_tally(len(job.class_names))
-        start, stop = training.even_split(labels.size, place)
-        for at in range(start, stop, 8192):
-            rows = slice(at, min(at + 8192, stop))
-            tallies[split] += tally(head_logits(head, of_split[rows, 0]), labels[rows])
+    temperature, head = calibrated(head, splits["valid"])
+    tallies = {
+        split: tally_part(of_split, head, place, len(job.class_names))
+        for split, of_split in splits.items()
+    }
     ray.get(post(("tallies", tallies)))
     if place.rank == 0:
         distance = novelty.fit(train.features[:, 0])
-        outcomes = {
-            split: _outcomes(splits[split], head, distance)
-            for split in ("valid", "test")
-            if splits[split].labels.size
-        }
-        ray.get(post(("result", HeadResult(state, mean, deviation, {}, distance, outcomes))))
+        outcomes = outcomes_of(splits, head, distance)
+        answers = answers_of(splits, head)
+        ray.get(
+            post(
+                (
+                    "result",
+                    HeadResult(
+                        state, mean, deviation, {}, distance, outcomes, temperature, answers
+                    ),
+                )
+            )
+        )
     # What is mapped stays readable for the workers of this node that still have it open.
     shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def tally_part(split: SplitFeatures, head: Head, place: Place, num_classes: int) -> Tally:
+    """The counts of the worker's part of `split`, view 0, by `head` on raw features."""
+    total = empty_tally(num_classes)
+    start, stop = training.even_split(split.labels.size, place)
+    for at in range(start, stop, 8192):
+        rows = slice(at, min(at + 8192, stop))
+        total += tally(head_logits(head, split.features[rows, 0]), split.labels[rows])
+    return total
+
+
+def calibrated(head: Head, valid: SplitFeatures) -> tuple[float, Head]:
+    """The temperature of `head`, on raw features, and the head it is folded into.
+
+    Every worker finds the same. It is 1 where there is no validation split.
+    """
+    if not valid.labels.size:
+        return 1.0, head
+    temperature = calibration.fit_temperature(_logits(valid, head), valid.labels)
+    return temperature, calibration.fold_temperature(head, temperature)
+
+
+def answers_of(splits: dict[str, SplitFeatures], head: Head) -> dict[str, Answers]:
+    """Logits and labels of valid and test, where they have some."""
+    return {
+        split: Answers(_logits(splits[split], head), splits[split].labels)
+        for split in ("valid", "test")
+        if splits[split].labels.size
+    }
+
+
+def outcomes_of(
+    splits: dict[str, SplitFeatures], head: Head, distance: Novelty
+) -> dict[str, Outcomes]:
+    """What `head` makes of each example of valid and test, where they have some."""
+    return {
+        split: _outcomes(splits[split], head, distance)
+        for split in ("valid", "test")
+        if splits[split].labels.size
+    }
 
 
 def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
@@ -217,6 +273,12 @@ def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
             )
         )
     return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _logits(split: SplitFeatures, head: Head) -> NDArray[np.float32]:
+    """Logits [N, C] of the plain views, a block at a time: the features may exceed memory."""
+    starts = range(0, split.labels.size, 8192)
+    return np.concatenate([head_logits(head, split.features[at : at + 8192, 0]) for at in starts])
 
 
 class LocalFeatures(NamedTuple):

@@ -5,8 +5,10 @@ them is a row group of decoded pixels, so that no group is ever cut in two on it
 """
 
 import itertools
+import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +18,23 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from leafnet import backbone, bundle, classifier, features, openvino_graph, shards
+from leafnet import (
+    backbone,
+    background,
+    bundle,
+    cam,
+    engine,
+    features,
+    gallery,
+    openvino_graph,
+    shards,
+    tta,
+)
 from leafnet.backbone import limit_threads
 from leafnet.classifier import Head, head_logits
 from leafnet.cluster import Board, Machines
 from leafnet.features import Part, Pixels
 from leafnet.images import decode
-from leafnet.metrics import Tally, empty_tally, tally
 from leafnet.novelty import Novelty
 from leafnet.openvino_graph import Int8
 from leafnet.review import Outcomes, outcomes
@@ -76,50 +88,143 @@ def extract(
             pass
 
 
-def evaluate(
+class Predictions(NamedTuple):
+    """What a model says of every example of a split, in the order of `gallery.ordered`."""
+
+    keys: list[str]  # N
+    labels: NDArray[np.int64]  # [N]
+    logits: NDArray[np.float32]  # [N, C], mean over the views of test-time augmentation
+    plain: NDArray[np.float32]  # [N, C], of the photograph as it is
+    sizes: NDArray[np.int32]  # [N, 2], width and height of the original in pixels
+    border: NDArray[np.float32]  # [N, background.STATISTICS]
+
+
+class Evaluated(NamedTuple):
+    """The predictions of every split, and what they took."""
+
+    splits: dict[str, Predictions]
+    seconds: float  # of the network, summed over the actors
+    plain_seconds: float  # of that, for the photographs as they are
+
+
+def predict(
     model: bundle.Bundle,
     index: ShardIndex,
     splits: Sequence[str],
     *,
-    precision: str,
+    choice: engine.Choice,
+    views: int,
     batch_size: int,
     machines: Machines,
     advance: Callable[[int], None],
-) -> dict[str, Tally]:
-    """Every example of `splits` once through `model`; the counts of each split.
+) -> Evaluated:
+    """Every example of `splits` once through `model`.
+
+    Everything but the pixels comes to this process: at ten classes 300 bytes an example.
+
+    Args:
+        model: with the classes of `index`.
+        index: of the data set.
+        splits: to take.
+        choice: engine and precision.
+        views: of test-time augmentation, see `tta`.
+        batch_size: images in one pass of the network.
+        machines: what there is to run on.
+        advance: called with each count of examples that is finished.
 
     Raises:
-        RuntimeError: the examples counted are not those of the index.
+        RuntimeError: the examples that came back are not those of the index.
     """
-    totals = {split: empty_tally(len(index.class_names)) for split in splits}
-    wanted = [shard for split in splits for shard in index.of_split(split)]
-    split_of = {shard.name: shard.split for shard in wanted}
+    wanted = {split: gallery.ordered(index, split) for split in splits}
     board = Board()
-    network = (ray.put(model.convolutions), ray.put(model.head))
     results = _over_shards(
         index,
-        wanted,
+        [shard for of_split in wanted.values() for shard in of_split],
         wanted=None,
         image_size=model.image_size,
-        actor=_Evaluator,
-        actor_args=(*network, model.image_size, precision, batch_size, board.handle),
+        actor=_Predictor,
+        actor_args=(ray.put(model), choice, views, batch_size, board.handle),
         machines=machines,
     )
+    found: dict[tuple[str, int], Predictions] = {}
+    seconds = plain_seconds = 0.0
     with board.follow(advance):
         for row in results.iter_rows():
-            totals[split_of[row["shard"]]] += Tally(
-                confusion=np.asarray(row["confusion"], np.int64),
-                log_loss_sum=float(row["log_loss_sum"]),
-                bin_count=np.asarray(row["bin_count"], np.int64),
-                bin_correct=np.asarray(row["bin_correct"], np.int64),
-                bin_confidence=np.asarray(row["bin_confidence"], np.float64),
-            )
-    for split, total in totals.items():
-        if total.examples != index.examples(split):
+            made: Predictions = pickle.loads(row["predictions"])
+            found[row["shard"], row["row_group"]] = made
+            seconds += row["seconds"]
+            plain_seconds += row["plain_seconds"]
+    splits_found = {}
+    for split, of_split in wanted.items():
+        places = [(shard.name, i) for shard in of_split for i in range(len(shard.row_groups))]
+        parts = [found[place] for place in places if place in found]
+        splits_found[split] = Predictions(
+            [key for part in parts for key in part.keys],
+            *(np.concatenate(arrays) for arrays in zip(*(p[1:] for p in parts), strict=True)),
+        )
+        if len(splits_found[split].keys) != index.examples(split):
             raise RuntimeError(
-                f"evaluated {total.examples} examples of {split}, which has {index.examples(split)}"
+                f"evaluated {len(splits_found[split].keys)} examples of {split}, which has "
+                f"{index.examples(split)}"
             )
-    return totals
+    return Evaluated(splits_found, seconds, plain_seconds)
+
+
+def make_gallery(
+    index: ShardIndex,
+    split: str,
+    chosen: Sequence[gallery.Choice],
+    *,
+    convolutions: Any,
+    head: Head,
+    image_size: int,
+    precision: str,
+    machines: Machines,
+) -> list[gallery.Item]:
+    """`gallery.make` with activation maps, by one task where the network may run.
+
+    Args:
+        index: of the data set.
+        split: whose examples are chosen.
+        chosen: of `gallery.choose`.
+        convolutions: folded weights, in Ray's object store.
+        head: on raw features.
+        image_size: pixels.
+        precision: of the backbone, `float32` or `bfloat16`.
+        machines: what there is to run on.
+    """
+    gpus = 1 if machines.gpus else 0
+    task = ray.remote(num_cpus=machines.cpus_per_actor, num_gpus=gpus)(_make_gallery)
+    made: list[gallery.Item] = ray.get(
+        task.remote(
+            index,
+            split,
+            list(chosen),
+            convolutions,
+            head,
+            image_size,
+            precision,
+            machines.threads_per_actor,
+            machines.gpus > 0,
+        )
+    )
+    return made
+
+
+def _make_gallery(
+    index: ShardIndex,
+    split: str,
+    chosen: list[gallery.Choice],
+    convolutions: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    head: Head,
+    image_size: int,
+    precision: str,
+    threads: int,
+    gpu: bool,
+) -> list[gallery.Item]:
+    limit_threads(threads, gpu=gpu)
+    explain = cam.explainer(convolutions, head, image_size=image_size, precision=precision)
+    return gallery.make(index, split, chosen, image_size=image_size, explain=explain)
 
 
 class Quantized(NamedTuple):
@@ -271,6 +376,7 @@ def _decoded_groups(
             # One string, because Ray would pickle an array of lists.
             "keys": np.array(["\n".join(table.column("key").to_pylist())]),
             "labels": table.column("label").to_numpy()[None],
+            "sizes": np.stack([table.column("width"), table.column("height")], axis=1)[None],
             "pixels": pixels[None],
         }
 
@@ -352,37 +458,56 @@ def _ahead(batches: Iterator[Pixels], depth: int = 2) -> Iterator[Pixels]:
         yield item
 
 
-class _Evaluator:
-    """An actor that counts how the classifier does on a row group."""
+class _Predictor:
+    """An actor that predicts the examples of a row group."""
 
     def __init__(
         self,
-        weights: Any,
-        head: Any,
-        image_size: int,
-        precision: str,
+        model: Any,
+        choice: engine.Choice,
+        views: int,
         batch_size: int,
         board: Any,
         threads: int,
         gpu: bool,
     ) -> None:
-        limit_threads(threads, gpu=gpu)
-        weights, head = (
-            ray.get(value) if isinstance(value, ray.ObjectRef) else value
-            for value in (weights, head)
+        self._model: bundle.Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
+        self._engine = engine.open_engine(
+            self._model,
+            engine=choice.engine,
+            precision=choice.precision,
+            threads=threads,
+            gpu=gpu,
+            batch_size=batch_size,
         )
-        self._network = classifier.build(weights, head, image_size=image_size, precision=precision)
-        self._batch_size, self._board = batch_size, board
+        self._views, self._board = views, board
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        logits = bundle.forward(self._network, batch["pixels"][0], batch_size=self._batch_size)
-        counts = tally(logits, np.asarray(batch["labels"][0], np.int64))
-        self._board.post.remote(counts.examples)
-        return {
-            "shard": batch["shard"],
-            "confusion": counts.confusion[None],
-            "log_loss_sum": np.array([counts.log_loss_sum]),
-            "bin_count": counts.bin_count[None],
-            "bin_correct": counts.bin_correct[None],
-            "bin_confidence": counts.bin_confidence[None],
-        }
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> pa.Table:
+        pixels = batch["pixels"][0]
+        took: list[float] = []
+
+        def forward(view: Pixels) -> NDArray[np.float32]:
+            began = time.perf_counter()
+            features = self._engine.features(view)
+            took.append(time.perf_counter() - began)
+            return features
+
+        outputs = tta.run(forward, self._model.head, pixels, views=self._views)
+        made = Predictions(
+            str(batch["keys"][0]).split("\n"),
+            np.asarray(batch["labels"][0], np.int64),
+            outputs.logits,
+            outputs.plain,
+            np.asarray(batch["sizes"][0], np.int32),
+            background.border(pixels),
+        )
+        self._board.post.remote(len(pixels))
+        return pa.table(
+            {
+                "shard": [str(batch["shard"][0])],
+                "row_group": [int(batch["row_group"][0])],
+                "predictions": pa.array([pickle.dumps(made)], pa.large_binary()),
+                "seconds": [sum(took)],
+                "plain_seconds": [took[0]],
+            }
+        )

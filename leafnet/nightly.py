@@ -38,9 +38,9 @@ from leafnet import (
     telemetry,
     terminal,
     thumbnails,
+    tta,
 )
 from leafnet.bundle import Bundle
-from leafnet.classifier import head_logits
 from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_TOO_MANY_FAILED, UserError
@@ -213,6 +213,7 @@ class _Job:
     run_id: str
     start: str  # of this process, unlike any other
     class_names: tuple[str, ...]
+    views: int  # of test-time augmentation
 
 
 class _Result(NamedTuple):
@@ -258,6 +259,7 @@ def _score(
             run_id=staging.run_id,
             start=uuid.uuid4().hex[:16],
             class_names=model.class_names,
+            views=settings.tta,
         )
         device = cluster.device(pool.gpus)
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
@@ -540,9 +542,10 @@ class _Network:
             logits = np.zeros((0, len(job.class_names)), np.float32)
             novelty = None
             if len(pixels):
-                features = self._engine.features(pixels)
-                logits = head_logits(self._model.head, features)
-                novelty = _novelty(self._model, features)
+                outputs = tta.run(self._engine.features, self._model.head, pixels, views=job.views)
+                logits = outputs.logits
+                # Its threshold was chosen on photographs as they are.
+                novelty = _novelty(self._model, outputs.features)
             rows = scoring.rows(
                 photographs,
                 logits,

@@ -274,7 +274,13 @@ def _shortened(name: str) -> str:
     return name[:12] + "\N{HORIZONTAL ELLIPSIS}" + name[-(MAX_NAME - 13) :]
 
 
-def reliability_png(calibration: Sequence[Mapping[str, float]], *, ece: float) -> bytes:
+def reliability_png(
+    calibration: Sequence[Mapping[str, float]],
+    *,
+    ece: float,
+    before: Sequence[Mapping[str, float]] = (),
+    ece_before: float = math.nan,
+) -> bytes:
     """Accuracy against the probability of the prediction, 576 x 720 pixels.
 
     The bars around a point are its 95 % interval; the histogram below has the same bins.
@@ -282,6 +288,8 @@ def reliability_png(calibration: Sequence[Mapping[str, float]], *, ece: float) -
     Args:
         calibration: `scores(...)["calibration"]`, rows of `confidence`, `accuracy` and `count`.
         ece: `scores(...)["ece"]`.
+        before: the same before the temperature was fitted, drawn hollow; empty: not drawn.
+        ece_before: likewise.
 
     Raises:
         ValueError: no rows.
@@ -302,13 +310,19 @@ def reliability_png(calibration: Sequence[Mapping[str, float]], *, ece: float) -
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
         axes.text(0.03, 0.94, "too cautious", color=GREY, style="italic")
         axes.text(0.97, 0.03, "too sure", color=GREY, style="italic", ha="right")
+        if before:
+            x, y = ([row[name] for row in before] for name in ("confidence", "accuracy"))
+            axes.plot(x, y, "o", color="none", mec=VERMILLION, markersize=6, clip_on=False)
         axes.vlines(confidence, bounds[:, 0], bounds[:, 1], color=BLUE, linewidth=1.4, alpha=0.45)
         axes.plot(confidence, accuracy, "o", color=BLUE, markersize=6, mec="white", clip_on=False)
         axes.set_ylim(0, 1)
         axes.set_ylabel("share that is right")
         axes.yaxis.set_major_formatter(_percent)
         axes.set_title("Reliability", loc="left", weight="bold")
-        axes.set_title(f"calibration error (ECE) {ece:.3f}", loc="right", size=9, color=GREY)
+        told = f"calibration error (ECE) {ece:.3f}"
+        if before:
+            told = f"ECE {ece:.3f}, before calibration {ece_before:.3f} (hollow)"
+        axes.set_title(told, loc="right", size=9, color=GREY)
         axes.grid(color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
 

@@ -1,30 +1,31 @@
-"""What jobs/train.py and jobs/evaluate.py do, in the order in which it happens."""
+"""What jobs/train.py does, in the order in which it happens."""
 
 import csv
 import io
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import yaml
 
 from leafnet import (
     backbone,
     bundle,
+    calibration,
     checkpoint,
     cluster,
     config,
     drift,
+    evaluation,
     features,
     fitting,
     inference,
@@ -43,9 +44,8 @@ from leafnet import (
     tracking,
 )
 from leafnet.classifier import Head, fold_standardisation
-from leafnet.config import SPLITS, DataSettings, EvaluateSettings, TrainSettings
+from leafnet.config import SPLITS, TrainSettings
 from leafnet.errors import UserError
-from leafnet.local_cache import LocalCache
 from leafnet.lock import Lock
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
@@ -53,7 +53,7 @@ from leafnet.training import steps_per_epoch
 
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
-    *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout"),
+    *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout", "explain"),
     *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
 
@@ -78,7 +78,7 @@ def train(settings: TrainSettings) -> None:
         update={"out": storage.absolute(settings.out), "shards": storage.absolute(settings.shards)}
     )
     run = storage.join(settings.out, settings.name)
-    index = _read_index(settings.shards, settings.data)
+    index = evaluation.read_index(settings.shards, settings.data)
     shards.check_sizes(index)
     _check_data(index)
     _check_search(settings, index)
@@ -111,13 +111,6 @@ def train(settings: TrainSettings) -> None:
             ):
                 nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
                 _train_on(nodes, settings, run, index, weights, began, held, tracker)
-
-
-def _read_index(root: str, settings: DataSettings) -> ShardIndex:
-    cache = None
-    if settings.local_cache is not None:
-        cache = LocalCache(settings.local_cache, settings.local_cache_gb)
-    return replace(shards.read_index(root), cache=cache)
 
 
 def _nothing_to_do(run: str, settings: TrainSettings, index: ShardIndex) -> bool:
@@ -195,11 +188,13 @@ def _train_on(
         for split in reversed(SPLITS)
         if index.examples(split)
     }
+    calibrated = _calibration(result, scores, index.class_names)
     held.check()
     _write_results(run, result.state.history, scores, index, events)
     head = fold_standardisation(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
+    head = calibration.fold_temperature(head, result.temperature)
     thresholds, effects = _review(settings, result)
     int8, int8_review = None, None
     int8_report: dict[str, Any] = {}
@@ -218,6 +213,7 @@ def _train_on(
         class_names=index.class_names,
         image_size=settings.image_size,
         provenance=_provenance(settings, index, weights, precision, scores, result.state)
+        | ({"temperature": calibrated} if calibrated else {})
         | ({"review": effects} if thresholds else {})
         | ({"reference": drift.reference(result.outcomes["valid"])} if thresholds else {})
         | ({"int8": int8_report} if int8_report else {}),
@@ -227,6 +223,22 @@ def _train_on(
         int8_review=int8_review,
     )
     seconds["publish"] = time.monotonic() - began_stage
+    began_stage = time.monotonic()
+    evaluation.after_training(
+        storage.join(run, "evaluation"),
+        index,
+        answers=result.answers,
+        model_url=storage.join(run, "model"),
+        model_id=model_id,
+        convolutions=reference,
+        head=head,
+        image_size=settings.image_size,
+        precision=precision,
+        machines=machines,
+        # What random weights see says nothing.
+        explain=settings.explain and settings.weights != "random",
+    )
+    seconds["evaluation"] = time.monotonic() - began_stage
     seconds["total"] = time.monotonic() - began
     storage.write_json(
         storage.join(run, "run.json"),
@@ -257,7 +269,10 @@ def _train_on(
     _say_results(run, scores, model_id, seconds["total"], result.state)
     say(f"report    {told}")
     terminal.result(
-        run=run, model=storage.join(run, "model"), model_id=model_id, metrics=_figures(scores)
+        run=run,
+        model=storage.join(run, "model"),
+        model_id=model_id,
+        metrics=evaluation.figures(scores),
     )
 
 
@@ -318,6 +333,43 @@ def _check_int8(index: ShardIndex) -> None:
             f"--int8 is checked on the validation split, and {index.root} has none; prepare the "
             "data set with one, or train without --int8",
         )
+
+
+def _calibration(
+    result: fitting.HeadResult, scores: dict[str, Any], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What the temperature did, for model.json; {} where there was nothing to fit it on.
+
+    Adds to `scores` of validation and test what they were without it, and the accuracy of the most
+    confident 90 %.
+    """
+    for split, outcomes in result.outcomes.items():
+        name = f"selective_accuracy_{100 * evaluation.COVERAGE:.0f}"
+        scores[split][name] = calibration.selective_accuracy(
+            outcomes.confidence, outcomes.correct, coverage=evaluation.COVERAGE
+        )
+    if "valid" not in result.outcomes:
+        return {}
+    told: dict[str, Any] = {
+        "value": result.temperature,
+        "fitted_on": "valid",
+        "examples": len(result.answers["valid"].labels),
+        "folded_into": "the last layer of the head",
+        "ece": {},
+    }
+    for split, (logits, labels) in result.answers.items():
+        raw = np.asarray(logits * np.float32(result.temperature))
+        before = metrics.scores(metrics.tally(raw, labels), class_names)
+        scores[split]["before_temperature"] = {
+            name: before[name] for name in ("log_loss", "ece", "calibration")
+        }
+        told["ece"][split] = {"before": before["ece"], "after": scores[split]["ece"]}
+    shown = ", ".join(
+        f"{split} ECE {ece['before']:.3f} -> {ece['after']:.3f}"
+        for split, ece in told["ece"].items()
+    )
+    say(f"calibrate temperature {result.temperature:.3f}: {shown}")
+    return told
 
 
 def _review(
@@ -640,6 +692,16 @@ def _write_results(
         images={"confusion": confusion},
         samples=tensorboard.sample_photographs(index, shown),
     )
+    before = scores[shown].get("before_temperature", {"calibration": (), "ece": 0.0})
+    storage.write_bytes(
+        storage.join(run, "reliability.png"),
+        plots.reliability_png(
+            scores[shown]["calibration"],
+            ece=scores[shown]["ece"],
+            before=before["calibration"],
+            ece_before=before["ece"],
+        ),
+    )
 
 
 def _provenance(
@@ -691,17 +753,10 @@ def _say_results(
     say_scores(scores)
     say()
     say(f"model     {storage.join(run, 'model')}   id {model_id}, of epoch {state.best_epoch}")
-    say(f"also in   {run}: metrics.json history.csv curves.png confusion.png config.yaml")
+    say(f"also in   {run}: metrics.json history.csv curves.png confusion.png reliability.png")
+    say("          config.yaml, and evaluation/ with the mistakes worth a look")
     say(f"log       {storage.join(run, 'train.log')}")
     say(f"done in {terminal.duration(seconds)}")
-
-
-def _figures(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each split what is a number."""
-    return {
-        split: {name: value for name, value in of_split.items() if isinstance(value, int | float)}
-        for split, of_split in scores.items()
-    }
 
 
 def say_scores(scores: Mapping[str, Any]) -> None:
@@ -739,66 +794,3 @@ def say_scores(scores: Mapping[str, Any]) -> None:
             for name, of_class in scores[first]["per_class"].items()
         ],
     )
-
-
-def evaluate(settings: EvaluateSettings) -> None:
-    """Evaluate a published model on a split of a data set, every image once.
-
-    Raises:
-        UserError: no model, no data set, or they have other classes.
-    """
-    model = bundle.load(settings.model)
-    index = _read_index(settings.shards, settings.data)
-    shards.check_sizes(index)
-    if model.class_names != index.class_names:
-        raise UserError(
-            "other-classes",
-            f"the model {model.url} has the classes {', '.join(model.class_names)}; the data set "
-            f"{index.root} has {', '.join(index.class_names)}",
-        )
-    splits = [
-        split
-        for split in reversed(SPLITS)
-        if settings.split in (split, "all") and index.examples(split)
-    ]
-    if not splits:
-        raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
-    terminal.keeps("nothing of the evaluation is kept")
-    with _evaluation_log(settings.out) as log:
-        with cluster.session(settings.ray) as found:
-            nodes = cluster.with_gpus(found, settings.gpu, "auto", settings.ray, say)
-            machines = cluster.machines(nodes, settings.gpu)
-            precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
-            total = sum(index.examples(split) for split in splits)
-            say(f"model     {model.url}   id {model.model_id}")
-            say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
-            with terminal.progress("evaluate", total) as advance:
-                tallies = inference.evaluate(
-                    model,
-                    index,
-                    splits,
-                    precision=precision,
-                    batch_size=cluster.batch_size(settings.batch_size, gpus=machines.gpus),
-                    machines=machines,
-                    advance=advance,
-                )
-        scores = {split: metrics.scores(tallies[split], index.class_names) for split in splits}
-        say_scores(scores)
-        terminal.result(model=model.url, model_id=model.model_id, metrics=_figures(scores))
-        if settings.out:
-            storage.write_json(settings.out, scores)
-            say(f"metrics   {settings.out}")
-        say(f"log       {log}")
-
-
-@contextmanager
-def _evaluation_log(out: str | None) -> Iterator[Path]:
-    """Beside the metrics, under their name; in a temporary folder where there are none."""
-    if out is None:
-        path = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
-        with terminal.chatter_to(path):
-            yield path
-        return
-    folder, _, name = storage.absolute(out).rpartition("/")
-    with terminal.log_to(folder, f"{name.removesuffix('.json')}.log") as path:
-        yield path

@@ -5,8 +5,10 @@ written last, after every shard, so a folder without one is an interrupted write
 data set. Examples are shuffled once, when they are written: any run of rows is a fair sample.
 """
 
+import bisect
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -228,6 +230,35 @@ def first_row_group(root: str, shard: Shard, names: Sequence[str]) -> pa.Table:
     """The columns `names` of the first row group of `shard`; sha256 is not checked."""
     with storage.open_file(storage.join(root, shard.name)) as file:
         return pq.ParquetFile(file).read_row_group(0, columns=list(names))
+
+
+def read_rows(root: str, shard: Shard, rows: Sequence[int]) -> pa.Table:
+    """Some `rows` of `shard`, all columns, in the order that is given.
+
+    Only the row groups that they are in are read. Each photograph is checked by its own sha256.
+
+    Raises:
+        UserError: the file is gone, or a photograph is not the one that was prepared.
+    """
+    starts = [0, *itertools.accumulate(shard.row_groups)]
+    groups = sorted({bisect.bisect_right(starts, row) - 1 for row in rows})
+    url = storage.join(root, shard.name)
+    try:
+        with storage.open_file(url) as file, pq.ParquetFile(file) as parquet:
+            table = parquet.read_row_groups(groups)
+    except FileNotFoundError:
+        raise UserError("shard-missing", f"{url} is gone; prepare the data set again") from None
+    found = [row for group in groups for row in range(starts[group], starts[group + 1])]
+    place = {row: i for i, row in enumerate(found)}
+    table = table.take([place[row] for row in rows])
+    for row in table.select(["key", "image", "sha256"]).to_pylist():
+        if storage.sha256(row["image"]) != row["sha256"]:
+            raise UserError(
+                "shard-changed",
+                f"{row['key']} in {url} is not the photograph that was prepared (its sha256 "
+                "differs); prepare the data set again",
+            )
+    return table
 
 
 def prepared(root: str) -> dict[str, Any]:

@@ -29,16 +29,20 @@ from leafnet import (
     listing,
     lock,
     nightly,
+    openvino_graph,
     pages,
     scoring,
     storage,
     terminal,
     thumbnails,
+    tta,
 )
 from leafnet.cluster import Node
 from leafnet.config import ScoreSettings
 from leafnet.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
+from leafnet.images import decode
 from leafnet.ledger import Staging
+from leafnet.metrics import softmax
 from leafnet.review import REVIEW_ALL, Review
 from tests.conftest import (
     make_bucket,
@@ -373,6 +377,29 @@ def test_settings_as_people_write_them() -> None:
     assert (made.images, made.max_failed, made.retries) == ("a-b", 7.5, 0)
     night = datetime.date(2026, 11, 24)  # as YAML reads it
     assert settings("m", Path("in"), Path("out"), date=night).date == "2026-11-24"
+
+
+@pytest.mark.parametrize("views", [1, 4, 8])
+def test_scored_by_the_mean_over_views(random_model: str, tmp_path: Path, views: int) -> None:
+    """An actor on a stack of four photographs, without Ray."""
+    write_leaves(tmp_path, 4)
+    listed = listing.look(str(tmp_path)).photographs
+    chosen = listed.append_column("place", pa.array(np.arange(4)))
+    model = bundle.load(random_model)
+    made = settings(random_model, tmp_path, tmp_path / "out", tta=str(views))
+    job = nightly._Job(
+        image_size=32, stack=4, max_pixels=10**6, batch_size=4, precision="float32",
+        engine="openvino" if openvino_graph.installed() else "tensorflow",
+        model_id="m", run_id="r", start="s", class_names=model.class_names, views=made.tta,
+    )  # fmt: skip
+    (stack,) = nightly._decode(pa.table({"start": [0], "stop": [4]}), chosen=chosen, job=job)
+    network = nightly._Network(model, job, threads=2, gpu=False)
+    rows = nightly._from_ipc(network(stack)["rows"][0].as_py()).to_pylist()
+    pixels = np.stack([decode(Path(row["image"]).read_bytes(), 32).pixels for row in rows])
+    outputs = tta.run(network._engine.features, model.head, pixels, views=views)
+    found = [list(row["probabilities"].values()) for row in rows]
+    np.testing.assert_allclose(found, softmax(outputs.logits), atol=1e-5)
+    assert (np.abs(softmax(outputs.plain) - found).max() > 1e-4) == (views > 1)
 
 
 @pytest.mark.parametrize("date", ["2026-11-31", "20261124", "tonight", "24.11.2026"])

@@ -117,6 +117,21 @@ def test_reliability_of_real_scores() -> None:
     assert opened(reliability_png(found["calibration"], ece=found["ece"])).size == (576, 720)
 
 
+def test_reliability_shows_what_was_before_in_its_place() -> None:
+    rows = [{"confidence": 0.9, "accuracy": 0.9, "count": 50}]
+    before = [{"confidence": 0.5, "accuracy": 0.9, "count": 50}]
+    alone, both = (
+        np.asarray(opened(reliability_png(rows, ece=0.0, before=b, ece_before=0.4)).convert("RGB"))
+        for b in ((), before)
+    )
+    # Below the line of titles, nothing is different but a ring at (50 %, 90 %).
+    rows_changed, columns_changed = np.nonzero((alone != both).any(axis=2)[60:])
+    assert 0 < np.ptp(rows_changed) < 20
+    assert np.ptp(columns_changed) < 20
+    left, right = 0.15 * 576, 0.95 * 576
+    assert columns_changed.mean() == pytest.approx((left + right) / 2, abs=3)
+
+
 def test_reliability_of_one_sure_example() -> None:
     rows = [{"confidence": 1.0, "accuracy": 1.0, "count": 1}]
     assert opened(reliability_png(rows, ece=0.0)).size == (576, 720)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from leafnet import bundle, config, lock, runs, shards, storage, terminal
+from leafnet import bundle, config, evaluation, lock, runs, shards, storage, terminal
 from leafnet.config import EvaluateSettings, TrainSettings
 from leafnet.errors import EXIT_IN_USE, UserError
 from leafnet.shards import ShardIndex
@@ -71,7 +71,7 @@ def test_a_run_leaves_all_that_it_should(
         config.validate(TrainSettings, yaml.safe_load((folder / "config.yaml").read_text()))
         == chosen
     )
-    for name in ("curves.png", "confusion.png"):
+    for name in ("curves.png", "confusion.png", "reliability.png"):
         with Image.open(folder / name) as picture:
             picture.load()
     log = (folder / "train.log").read_text()
@@ -80,6 +80,19 @@ def test_a_run_leaves_all_that_it_should(
     assert "random weights: a check of the pipeline" in card
     description = json.loads((folder / "model" / "model.json").read_text())
     assert description["metrics"] == scores
+    told = description["temperature"]
+    assert told["examples"] == 9
+    for split in ("valid", "test"):
+        assert told["ece"][split]["after"] == scores[split]["ece"]
+        assert told["ece"][split]["before"] == scores[split]["before_temperature"]["ece"]
+    # What it was fitted for, and no prediction is another one.
+    assert scores["valid"]["log_loss"] < scores["valid"]["before_temperature"]["log_loss"]
+    assert f"a temperature of {told['value']:.3f}" in card
+    document, items = evaluation.read(str(folder / "evaluation"))
+    assert list(document["splits"]) == ["test", "valid"]
+    assert document["splits"]["test"]["accuracy"] == scores["test"]["accuracy"]
+    assert len(items) >= 9
+    assert not any(item.cam_jpeg for item in items), "random weights see nothing"
     assert description["data"]["fingerprint"] == data_set.fingerprint
     assert description["settings"] == chosen.model_dump(mode="json")
     assert sum(description["reference"]["confidence"]["counts"]) == 9
@@ -109,16 +122,17 @@ def test_the_published_model_gives_the_metrics(
     told = json.loads((folder / "metrics.json").read_text())["test"]
     out = tmp_path / "evaluated.json"
     model, precision = str(folder / "model"), json.loads((folder / "run.json").read_text())
-    runs.evaluate(
+    evaluation.run(
         EvaluateSettings(
             model=model,
             shards=data_set.root,
             split="test",
             out=str(out),
+            engine="tensorflow",
             precision=precision["precision"],
         )
     )
-    found = json.loads(out.read_text())["test"]
+    found = json.loads(out.read_text())["splits"]["test"]
     assert found["examples"] == 9
     assert found["confusion"] == told["confusion"]
     assert found["log_loss"] == pytest.approx(told["log_loss"], abs=5e-3)
@@ -211,7 +225,7 @@ def test_evaluate_refuses_a_data_set_of_other_classes(
         prepared={},
     )
     with pytest.raises(UserError, match="has the classes early_blight, healthy, late_blight"):
-        runs.evaluate(EvaluateSettings(model=str(folder / "model"), shards=renamed.root))
+        evaluation.run(EvaluateSettings(model=str(folder / "model"), shards=renamed.root))
 
 
 def dry_run(chosen: TrainSettings, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -274,6 +288,6 @@ def test_a_job_that_evaluates_has_its_log_beside_its_metrics(
 ) -> None:
     out = tmp_path / "of_test.json"
     model = str(run[1] / "model")
-    runs.evaluate(EvaluateSettings(model=model, shards=data_set.root, out=str(out)))
+    evaluation.run(EvaluateSettings(model=model, shards=data_set.root, out=str(out)))
     assert {path.name for path in tmp_path.iterdir()} == {"of_test.json", "of_test.log"}
     assert "INFO leafnet: evaluate     9 of 9 images" in (tmp_path / "of_test.log").read_text()

@@ -175,7 +175,7 @@ def test_all_jobs_on_s3_through_harm_and_kills_equal_local_disk(
         )
     model = bundle.load(f"{root}/runs/a/model")
     assert model.model_id == bundle.load(f"{local_runs}/a/model").model_id
-    evaluated = storage.read_json(f"{root}/evaluated.json")
+    evaluated = storage.read_json(f"{root}/evaluated.json")["splits"]
     for split, scores in storage.read_json(f"{root}/runs/a/metrics.json").items():
         assert evaluated[split]["examples"] == scores["examples"] == index.examples(split)
     assert {path.name for path in cache.iterdir() if len(path.name) == 64} == {

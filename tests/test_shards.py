@@ -179,3 +179,21 @@ def test_a_shard_with_one_bit_flipped_is_told_by_its_reader(tmp_path: Path) -> N
     with pytest.raises(UserError, match="is not the file that was prepared") as caught:
         next(shards.row_groups(index.root, index.shards[0]))
     assert caught.value.reason == "shard-changed"
+
+
+def test_rows_in_any_order_from_the_row_groups_they_are_in(tmp_path: Path) -> None:
+    index = write(tmp_path)
+    shard = index.of_split("train")[0]
+    found = shards.read_rows(index.root, shard, [6, 0, 4])
+    assert found["key"].to_pylist() == ["train/6.jpg", "train/0.jpg", "train/4.jpg"]
+    assert found["image"].to_pylist() == [b"train6", b"train0", b"train4\0"]
+    file = tmp_path / shard.name
+    data = file.read_bytes()
+    # In the footer's statistics and in the page: what is read is the page.
+    file.write_bytes(data.replace(b"train0", b"trainX"))
+    assert shards.read_rows(index.root, shard, [3])["image"].to_pylist() == [b"train3"]
+    with pytest.raises(UserError, match=r"train/0.jpg in .* is not the photograph that was"):
+        shards.read_rows(index.root, shard, [0])
+    file.unlink()
+    with pytest.raises(UserError, match="is gone; prepare the data set again"):
+        shards.read_rows(index.root, shard, [0])

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from leafnet import calibration, metrics, review
+from leafnet.classifier import head_logits, initial_head
+
+
+def simulated(
+    count: int, *, times: float, classes: int = 4, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits that are `times` too large, and labels drawn from what they should be."""
+    generator = np.random.default_rng(seed)
+    logits = (2 * generator.normal(size=(count, classes))).astype(np.float32)
+    drawn = generator.random((count, 1))
+    labels = (metrics.softmax(logits).cumsum(axis=1) < drawn).sum(axis=1).clip(0, classes - 1)
+    return logits * np.float32(times), labels
+
+
+def ece(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    names = [str(i) for i in range(logits.shape[1])]
+    return float(metrics.scores(metrics.tally(logits, labels), names)["ece"])
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 2.5])
+def test_the_temperature_is_found_and_calibrates_other_examples(times: float) -> None:
+    logits, labels = simulated(20_000, times=times)
+    found = calibration.fit_temperature(logits, labels)
+    assert found == pytest.approx(times, rel=0.04)
+    others = simulated(20_000, times=times, seed=1)
+    assert ece(others[0] / np.float32(found), others[1]) < 0.02
+    if times != 1.0:
+        assert ece(*others) > 0.1
+
+
+def test_validation_without_a_mistake_does_not_make_the_model_certain() -> None:
+    logits = np.array([[3, 0], [0, 3]] * 20, np.float32)
+    labels = np.array([0, 1] * 20)
+    found = calibration.fit_temperature(logits, labels)
+    certain = metrics.softmax(logits / np.float32(found)).max()
+    # Platt's target for the right class after 40 examples without a mistake is (40 + 1/2) / 41.
+    assert certain == pytest.approx(40.5 / 41, abs=1e-3)
+    with pytest.raises(ValueError, match="no examples to fit a temperature on"):
+        calibration.fit_temperature(logits[:0], labels[:0])
+
+
+@pytest.mark.parametrize("units", [(), (8,)])
+def test_a_folded_temperature_divides_the_logits(units: tuple[int, ...]) -> None:
+    head = [(kernel, bias + 0.5) for kernel, bias in initial_head(units, 3, inputs=6, seed=0)]
+    features = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    folded = calibration.fold_temperature(head, 2.5)
+    np.testing.assert_allclose(
+        head_logits(folded, features), head_logits(head, features) / 2.5, rtol=1e-5
+    )
+
+
+def test_selective_accuracy_by_hand() -> None:
+    confidence = np.array([0.9, 0.8, 0.8, 0.8, 0.6])
+    correct = np.array([True, True, False, False, False])
+    # Two of five: the surest, and one of three of which one is right.
+    found = calibration.selective_accuracy(confidence, correct, coverage=0.4)
+    assert found == pytest.approx((1 + 1 / 3) / 2)
+    assert calibration.selective_accuracy(confidence, correct, coverage=1.0) == 0.4
+    assert calibration.selective_accuracy(confidence[:1], correct[:1]) == 1.0
+
+
+def test_levels_are_inside_the_bins_of_the_tally() -> None:
+    confidence = np.random.default_rng(0).uniform(0.5, 1.0, 5000)
+    logits = np.log(np.stack([confidence, 1 - confidence], axis=1)).astype(np.float32)
+    counted = metrics.tally(logits, np.zeros(5000, np.int64)).bin_count
+    bins = calibration.level_bins(calibration.confidence_levels(metrics.softmax(logits)[:, 0]))
+    np.testing.assert_array_equal(np.bincount(bins, minlength=15), counted)
+
+
+def test_what_chance_gives_a_calibrated_model() -> None:
+    """Of 300 sets of labels that confidences themselves drew, as many are under `high`."""
+    measured, logits = [], simulated(300, times=1.0)[0]
+    confidence = metrics.softmax(logits).max(axis=1)
+    told = calibration.ece_if_calibrated(confidence)
+    generator = np.random.default_rng(1)
+    for _ in range(300):
+        wrong = (generator.random(300) > confidence).astype(int)
+        measured.append(ece(logits, (logits.argmax(axis=1) + wrong) % 4))
+    assert np.mean(measured) == pytest.approx(told["mean"], rel=0.05)
+    assert np.mean(np.array(measured) <= told["high"]) == pytest.approx(0.95, abs=0.035)
+
+
+def test_review_thresholds_of_calibrated_confidence_mean_what_they_say() -> None:
+    """At a target of 90 %, the threshold on calibrated confidences is one that 90 % pass."""
+    logits, labels = simulated(20_000, times=3.0)
+    calibrated = logits / np.float32(calibration.fit_temperature(logits, labels))
+    chosen = review.choose(
+        review.outcomes(calibrated, labels, np.zeros(20_000, np.float32)), precision_target=0.9
+    )
+    fresh, fresh_labels = simulated(20_000, times=3.0, seed=1)
+    outcomes = review.outcomes(fresh / np.float32(3.0), fresh_labels, np.zeros(20_000, np.float32))
+    trusted = outcomes.confidence >= chosen.confidence
+    assert outcomes.correct[trusted].mean() == pytest.approx(0.9, abs=0.01)
+    assert outcomes.confidence[trusted].mean() == pytest.approx(0.9, abs=0.01)
