@@ -66,6 +66,7 @@ _STAGES = {
     "head": ("head", "fitted on the features"),
     "int8": ("int8", "quantized and checked"),
     "publish": ("publish", "model written"),
+    "evaluation": ("evaluation", "intervals, slices and galleries"),
     "total": ("all", ""),
 }
 

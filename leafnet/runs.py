@@ -28,6 +28,7 @@ from leafnet import (
     evaluation,
     features,
     fitting,
+    gallery,
     inference,
     lock,
     metrics,
@@ -224,7 +225,7 @@ def _train_on(
     )
     seconds["publish"] = time.monotonic() - began_stage
     began_stage = time.monotonic()
-    evaluation.after_training(
+    items = evaluation.after_training(
         storage.join(run, "evaluation"),
         index,
         answers=result.answers,
@@ -259,7 +260,8 @@ def _train_on(
             "versions": bundle.versions(),
         },
     )
-    told = _report(run)
+    # Its samples of each class are of the training split, which is what was learnt from.
+    told = _report(run, [item for item in items if item.kind != "sample"])
     tracker.results(
         result.state.history,
         scores,
@@ -276,10 +278,10 @@ def _train_on(
     )
 
 
-def _report(run: str) -> str:
+def _report(run: str, items: Sequence[gallery.Item]) -> str:
     """Write the run's report; where it is, or why it is not."""
     try:
-        return report.write(run)
+        return report.write(run, items)
     # The model is published, and a report can be written again.
     except Exception as error:
         traceback.print_exc()
