@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date as Date
 from datetime import timedelta
@@ -40,7 +39,6 @@ _ENOUGH_NIGHTS = 7
 _SECOND = 0.1  # probability of another class that is worth telling
 _NAMES = 50  # photographs that are named for each reason of failure
 _MAX_PLACES = 200_000  # positions on the map; an even sample of more
-_READERS = 16
 _COLUMNS = (
     *("image", "version", "status", "label", "confidence", "reason", "novelty"),
     *("latitude", "longitude", "probabilities"),
@@ -273,9 +271,8 @@ def _summaries(out: str, files: Sequence[Published]) -> dict[str, list[dict[str,
         return found if "status" in found else found | _counted(file)
 
     by_date: dict[str, list[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for file, summary in zip(files, pool.map(one, files), strict=True):
-            by_date.setdefault(file.date, []).append(summary)
+    for file, summary in zip(files, storage.each(one, files), strict=True):
+        by_date.setdefault(file.date, []).append(summary)
     return by_date
 
 
