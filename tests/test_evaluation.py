@@ -63,13 +63,17 @@ def test_an_evaluation_of_everything(
     shown = capfd.readouterr().out
     lines = [line for line in shown.splitlines() if "/" not in line]
     assert max(map(len, lines)) <= 80, "but those with a path"
-    for words in ("last (test)", "8 views", "McNemar's exact p", "likely wrong labels", "border"):
+    for words in ("last (test)", "8 views", "McNemar's exact p", "class (test)"):
         assert words in shown, shown
     document, items = evaluation.read(str(out))
     assert document["against"]["model_id"] == bundle.load(other_model).model_id
     assert list(document["splits"]) == ["test", "valid", "train"]
     assert document["gallery"]["split"] == "test"
     assert all(item.cam_jpeg for item in items)
+    # Three photographs of a class are too few for five folds.
+    probes = {split: scores["background"] for split, scores in document["splits"].items()}
+    assert probes["test"] is None
+    assert probes["train"]["examples"] == 36
 
     model = bundle.load(random_model)
     other = bundle.load(other_model)
@@ -85,7 +89,7 @@ def test_an_evaluation_of_everything(
         right = np.array(ours) == labels
         assert scores["tta"]["accuracy_without"] == pytest.approx(right.mean())
         assert scores["against"]["accuracy"] == pytest.approx(
-            np.mean([a == b for a, b in zip(theirs, labels, strict=True)]), abs=0.12
+            np.mean([a == b for a, b in zip(theirs, labels, strict=True)]), abs=0.25
         ), "without augmentation, here"
         rows = scores["slices"]["last"]
         assert sum(row["examples"] for row in rows) == len(images)
