@@ -151,7 +151,7 @@ def _nodes() -> list[Node]:
 def with_gpus(
     nodes: list[Node],
     gpu: bool | Literal["auto"],
-    workers: int | Literal["auto"],
+    workers: int | str,
     settings: RaySettings,
     say: Callable[[str], None],
 ) -> list[Node]:
@@ -160,7 +160,8 @@ def with_gpus(
     The plan of a job is made once, when it starts: one that was made while the autoscaler has no
     GPU would stay on CPUs. Without `--gpu true` nobody knows whether to wait.
     """
-    wanted = 1 if workers == "auto" else workers
+    span = worker_range(workers)
+    wanted = span[0] if span else 1 if workers == "auto" else int(workers)
     if gpu is not True or _gpus(nodes) >= wanted or _is_local(settings):
         return nodes
     until = time.monotonic() + settings.wait
