@@ -57,7 +57,7 @@ def test_switch_needs_no_value() -> None:
         ([*REQUIRED, "--epochs", "3"], "unknown-setting", "did you mean --head.epochs?"),
         ([*REQUIRED, "--head.epochs"], "bad-flag", "expected one argument"),
         ([*REQUIRED, "--workers", "0"], "bad-value", "--workers cannot be '0': must be auto"),
-        ([*REQUIRED, "--workers", "some"], "bad-value", "or input should be 'auto'"),
+        ([*REQUIRED, "--batch_size", "some"], "bad-value", "or input should be 'auto'"),
         ([*REQUIRED, "--head.dropout", "1"], "bad-value", "--head.dropout cannot be '1'"),
         ([*REQUIRED, "--head.units", "512,0"], "bad-value", "every width must be at least 1"),
         ([*REQUIRED, "--precision", "int4"], "bad-value", "'auto', 'float32' or 'bfloat16'"),
