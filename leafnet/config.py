@@ -66,7 +66,7 @@ def _workers(value: int | str) -> int | str:
     if value == "auto" or (isinstance(value, int) and value >= 1):
         return value
     if worker_range(value) is None:
-        raise ValueError("must be auto, a number of at least 1, or a range such as 1..4")
+        raise ValueError("must be auto or at least 1, or a range such as 1..4")
     return value
 
 
