@@ -8,13 +8,17 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test lint docs docs-check bench clean s3-server browser
+.PHONY: demo test test-faults lint docs docs-check bench clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: $(READY) s3-server browser
 	$(BIN)/python -m pytest
+
+# Kills workers, machines and drivers at random times for ten minutes.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m "faults or not faults" tests/test_faults.py
 
 # A real S3 server for the tests, from the system's packages: as root, where there is apt-get.
 s3-server:

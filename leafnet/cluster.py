@@ -17,7 +17,7 @@ import ray.exceptions
 import ray.train
 
 from leafnet import backbone
-from leafnet.config import RaySettings
+from leafnet.config import RaySettings, worker_range
 from leafnet.errors import UserError
 
 # A CPU actor computes in at most so many threads: ResNet50 gains little from more, and a node
@@ -151,7 +151,7 @@ def _nodes() -> list[Node]:
 def with_gpus(
     nodes: list[Node],
     gpu: bool | Literal["auto"],
-    workers: int | Literal["auto"],
+    workers: int | str,
     settings: RaySettings,
     say: Callable[[str], None],
 ) -> list[Node]:
@@ -160,7 +160,8 @@ def with_gpus(
     The plan of a job is made once, when it starts: one that was made while the autoscaler has no
     GPU would stay on CPUs. Without `--gpu true` nobody knows whether to wait.
     """
-    wanted = 1 if workers == "auto" else workers
+    span = worker_range(workers)
+    wanted = span[0] if span else 1 if workers == "auto" else int(workers)
     if gpu is not True or _gpus(nodes) >= wanted or _is_local(settings):
         return nodes
     until = time.monotonic() + settings.wait
@@ -301,7 +302,11 @@ class Board:
     """Where workers post events for the driver: progress, rows of the history, results."""
 
     def __init__(self) -> None:
-        self.handle = _Events.remote()  # type: ignore[attr-defined]  # made by the decorator
+        # Beside the driver: what was posted is not lost with another machine.
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self.handle = _Events.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     @contextmanager
     def follow(self, on_event: Callable[[Any], None]) -> Iterator[None]:
@@ -326,8 +331,10 @@ class Board:
         take()
 
 
-def workers_for(nodes: list[Node], workers: int | Literal["auto"], gpus: int) -> tuple[int, float]:
-    """(number of workers, CPUs of each) for Ray Train.
+def workers_for(
+    nodes: list[Node], workers: int | str, gpus: int
+) -> tuple[int | tuple[int, int], float]:
+    """(number of workers, CPUs of each) for Ray Train; of a range, (fewest, most).
 
     Raises:
         UserError: more workers than GPUs.
@@ -336,14 +343,21 @@ def workers_for(nodes: list[Node], workers: int | Literal["auto"], gpus: int) ->
     ((1, 2.0), (2, 1.0))
     >>> workers_for([Node(3, 0), Node(3, 0)], 3, 0)  # not 2.0: one node can hold only one such
     (3, 1.5)
+    >>> workers_for([Node(4, 0), Node(2, 0)], "1..8", 0)  # a machine each, as large as all have
+    ((1, 8), 2.0)
     """
-    count = (gpus or 1) if workers == "auto" else workers
+    span = worker_range(workers)
+    total = sum(node.cpus for node in nodes)
+    if span is not None:
+        if gpus:
+            return span, max(1.0, float(int(total / gpus)))
+        return span, min(node.cpus for node in nodes if node.cpus)
+    count = (gpus or 1) if workers == "auto" else int(workers)
     if gpus and count > gpus:
         raise UserError(
             "too-few-gpus",
             f"--workers {count}, but the cluster has {gpus} GPUs; give fewer, or --gpu false",
         )
-    total = sum(node.cpus for node in nodes)
     share = min(total / count, max(node.cpus for node in nodes))
     share = float(int(share)) if share >= 1 else share
     # Workers cannot be cut over nodes: shrink until enough fit.

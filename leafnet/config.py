@@ -60,6 +60,31 @@ def _number(value: Any) -> Any:
 Views = Annotated[Literal[1, 4, 8], BeforeValidator(_number)]
 
 
+def _workers(value: int | str) -> int | str:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value == "auto" or (isinstance(value, int) and value >= 1):
+        return value
+    if worker_range(value) is None:
+        raise ValueError("must be auto or at least 1, or a range such as 1..4")
+    return value
+
+
+def worker_range(workers: int | str) -> tuple[int, int] | None:
+    """(fewest, most) where `workers` is a range.
+
+    >>> worker_range("1..4"), worker_range(2), worker_range("auto")
+    ((1, 4), None, None)
+    """
+    fewest, dots, most = str(workers).partition("..")
+    if not dots or not fewest.isdecimal() or not most.isdecimal():
+        return None
+    return (int(fewest), int(most)) if 1 <= int(fewest) <= int(most) else None
+
+
+Workers = Annotated[int | str, AfterValidator(_workers)]
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, and closed to keys that do not exist."""
 
@@ -228,7 +253,13 @@ class CheckpointSettings(Settings):
     every_seconds: float = Field(
         10.0,
         ge=0,
-        description="at the end of an epoch, when the last is this old [s]; 0: every epoch",
+        description="when the last is this old [s]; 0: at the end of every epoch",
+    )
+    every_steps: int | None = Field(
+        None, ge=1, description="also after so many steps [steps]; none: only by time"
+    )
+    keep: int = Field(
+        2, ge=1, description="newest ones kept; each holds the best head as well [checkpoints]"
     )
 
 
@@ -288,8 +319,22 @@ class TrainSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
     )
-    workers: Count = Field(
-        "auto", description="Ray Train workers; auto: one for each GPU, or one on CPUs"
+    workers: Workers = Field(
+        "auto",
+        description="Ray Train workers; auto: one for each GPU, or one on CPUs; 1..4: as many as "
+        "there is room for, a GPU or a machine's CPUs each, more or fewer as machines come and go",
+    )
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="failures of workers in a row, without a new checkpoint in between, after "
+        "which the run still goes on [failures]",
+    )
+    hang_timeout: float = Field(
+        300.0,
+        gt=0,
+        description="a worker that gets nowhere for so long is ended and replaced, but never "
+        "before the time that its start took [s]",
     )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
     features: Literal["cached", "online"] = Field(

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from leafnet.novelty import Novelty
 from leafnet.review import Outcomes
 from leafnet.shards import Shard
 from leafnet.training import Place
-from leafnet.workers import Post
+from leafnet.workers import Post, Restart, Survival
 
 _FOLDER = "head"  # Ray Train's folder in that of the run
 
@@ -55,6 +55,7 @@ class HeadJob:
     parts: dict[str, tuple[Part, ...]]  # of each split
     views: int  # of the training split in the cache
     online: "Online | None" = None
+    save_every_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,54 +92,70 @@ class HeadResult:
     # What the best head's logits are divided by; all that is counted here is divided already.
     temperature: float
     answers: dict[str, Answers]  # of valid and test
+    restarts: list[Restart] = field(default_factory=list)
 
 
 def fit_head(
     job: HeadJob,
     *,
-    count: int,
+    count: int | tuple[int, int],
     cpus_per_worker: float,
     gpu: bool,
     storage_path: str,
     on_epoch: Callable[[dict[str, float]], None],
+    survival: Survival | None = None,
 ) -> HeadResult:
-    """Fit the head with Ray Train, from the last checkpoint below `storage_path` if there is one.
+    """Fit the head with Ray Train, from the newest checkpoint below `storage_path` if there is one.
 
     Args:
         job: what to fit.
-        count: of workers.
+        count: of workers, or the fewest and the most.
         cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
         gpu: a GPU for each.
         storage_path: folder or URL of the run.
-        on_epoch: called with each row of the history.
+        on_epoch: called with each row of the history, once.
+        survival: what is done about failures.
 
     Raises:
         UserError: the loss is not finite, or a checkpoint belongs to other settings.
         features.DamagedParts: the cache has to be repaired first.
+        RuntimeError: the workers failed too often.
     """
     tallies: list[dict[str, Tally]] = []
     results: list[HeadResult] = []
+    told = 0.0
 
     def on_event(event: tuple[str, Any]) -> None:
+        nonlocal told
         kind, value = event
         if kind == "epoch":
-            on_epoch(value)
+            if value["epoch"] > told:  # some come twice, after a restart
+                told = value["epoch"]
+                on_epoch(value)
         elif kind == "tallies":
             tallies.append(value)
         else:
             results.append(value)
 
-    workers.run(
-        _fit_and_evaluate,
+    def on_restart() -> None:
+        tallies.clear()
+        results.clear()
+
+    batch = job.head.batch_size  # shared out, a row each at the least
+    restarts = workers.run(
+        fit_and_evaluate,
         job,
         name=_FOLDER,
-        workers=count,
+        workers=count if isinstance(count, int) else (count[0], min(count[1], batch)),
         cpus_per_worker=cpus_per_worker,
         gpu=gpu,
         storage_path=storage_path,
         on_event=on_event,
+        on_restart=on_restart,
+        survival=survival,
     )
     result = results[-1]
+    result.restarts = restarts
     for split in SPLITS:
         result.tallies[split] = sum(
             (of_worker[split] for of_worker in tallies), empty_tally(len(job.class_names))
@@ -146,57 +163,54 @@ def fit_head(
     return result
 
 
-def _fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -> None:
+def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -> None:
+    """What each worker does: fit the head together, then evaluate a part of every split.
+
+    Args:
+        job: what to fit.
+        place: of this worker.
+        post: to the driver.
+        folder_url: of the checkpoints.
+    """
+    hooks = workers.hooks()
+    hooks.long("reading the features")
     local = local_features(job)
     splits, mean, deviation = local.splits, local.mean, local.deviation
     train = splits["train"]
     gather = (
-        _online_views(job, job.online, place)
+        _online_views(job, job.online, hooks)
         if job.online
         else training.cached_views(train.features, seed=job.seed)
     )
 
-    def report(row: dict[str, float], state: checkpoint.TrainState | None, save: bool) -> None:
+    def report(row: dict[str, float]) -> None:
         if place.rank == 0:
             post(("epoch", row))
-        if not save:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if state is not None:
-                checkpoint.save(folder, state, identity=job.identity)
-                saved = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(
-                {"epoch": row["epoch"]},
-                checkpoint=saved,
-                checkpoint_upload_fn=None if storage.is_local(folder_url) else upload,
-            )
 
-    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
-        # of writing (pyarrow 26): a checkpoint would count that is not there.
-        storage.upload_folder(saved.path, storage.join(folder_url, name))
-        # Ray Train compares filesystems, and two of the same settings are not equal.
-        managed = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(
-            f"{managed.experiment_fs_path}/{name}", managed.storage_filesystem
-        )
+    def save(state: checkpoint.TrainState | None) -> None:
+        def write(folder: str) -> None:
+            assert state is not None
+            checkpoint.save(folder, state, identity=job.identity)
+
+        workers.keep(write if state is not None else None, step=state.step if state else 0)
 
     state = None
     found = ray.train.get_checkpoint()
     if found is not None:
-        with found.as_directory() as folder:
-            state = checkpoint.load(folder, identity=job.identity)
+        url = storage.join(folder_url, found.path.rstrip("/").rsplit("/", 1)[-1])
+        state = checkpoint.load(url, identity=job.identity)
     state = training.fit_head(
         training.TrainingData(gather, train.labels, splits["valid"], mean, deviation),
         settings=job.head,
         num_classes=len(job.class_names),
         seed=job.seed,
         place=place,
-        save_every_s=job.save_every_s,
         report=report,
+        saving=training.Saving(save, job.save_every_s, job.save_every_steps, workers.uploaded),
+        hooks=hooks,
         state=state,
     )
+    hooks.long("evaluating")
     head = fold_standardisation(state.best_head, mean=mean, deviation=deviation)
     temperature, head = calibrated(head, splits["valid"])
     tallies = {
@@ -329,7 +343,7 @@ def _save(path: Path, array: NDArray[Any]) -> None:
     os.replace(aside, path)
 
 
-def _online_views(job: HeadJob, online: Online, place: Place) -> training.Gather:
+def _online_views(job: HeadJob, online: Online, hooks: training.Hooks) -> training.Gather:
     """Gather that draws a fresh view of each photograph in each epoch and runs the backbone.
 
     Every worker keeps the encoded photographs of the training split in memory.
@@ -347,6 +361,7 @@ def _online_views(job: HeadJob, online: Online, place: Place) -> training.Gather
     def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
         out = np.empty((indices.size, backbone.FEATURES), np.float32)
         for start in range(0, indices.size, online.batch_size):
+            hooks.doing(f"drawing views, epoch {epoch + 1}, {start:,} of {indices.size:,}")
             rows = indices[start : start + online.batch_size]
             stack = np.zeros((online.batch_size, online.image_size, online.image_size, 3), np.uint8)
             for i, row in enumerate(rows):

@@ -64,7 +64,8 @@ def run(
         _say_nodes(found)
         say(f"storage   written, read, listed and deleted: {', '.join(stores)}")
         machines = cluster.machines(nodes, settings.gpu)
-        workers, _ = cluster.workers_for(nodes, settings.workers, machines.gpus)
+        count, _ = cluster.workers_for(nodes, settings.workers, machines.gpus)
+        workers = count if isinstance(count, int) else count[1]  # of a range the most
         precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
         batch_size = cluster.batch_size(settings.batch_size, gpus=machines.gpus)
         say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")

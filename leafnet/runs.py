@@ -51,10 +51,12 @@ from leafnet.lock import Lock
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
 from leafnet.training import steps_per_epoch
+from leafnet.workers import Survival
 
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
     *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout", "explain"),
+    *("max_failures", "hang_timeout"),
     *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
 
@@ -109,6 +111,7 @@ def train(settings: TrainSettings) -> None:
                     settings.mlflow, run, name=settings.name, parameters=_flat(settings)
                 ) as tracker,
                 cluster.session(settings.ray) as found,
+                terminal.sigterm_interrupts(),
             ):
                 nodes = cluster.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
                 _train_on(nodes, settings, run, index, weights, began, held, tracker)
@@ -165,6 +168,9 @@ def _train_on(
                 cpus=cpus,
                 gpu=machines.gpus > 0,
                 watchers=(events.epoch, tracker.epoch),
+                survival=Survival(
+                    settings.max_failures, settings.hang_timeout, settings.checkpoint.keep
+                ),
             )
             break
         except features.DamagedParts as error:
@@ -191,7 +197,8 @@ def _train_on(
     }
     calibrated = _calibration(result, scores, index.class_names)
     held.check()
-    _write_results(run, result.state.history, scores, index, events)
+    restarts = [vars(one) for one in result.restarts]
+    _write_results(run, result.state.history, scores, index, events, restarts)
     head = fold_standardisation(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
@@ -252,7 +259,8 @@ def _train_on(
                 "head": round(result.state.epoch * index.examples("train") / seconds["head"], 1),
             },
             "command": shlex.join(["python", *sys.argv]),
-            "workers": workers,
+            "workers": workers if isinstance(workers, int) else settings.workers,
+            "restarts": restarts,
             "gpus": machines.gpus,
             "precision": precision,
             "epochs": result.state.epoch,
@@ -501,7 +509,7 @@ def _say_plan(
     settings: TrainSettings,
     index: ShardIndex,
     machines: cluster.Machines,
-    workers: int,
+    workers: int | tuple[int, int],
     precision: str,
     why: str,
 ) -> None:
@@ -513,10 +521,14 @@ def _say_plan(
     note = ": a check of the pipeline, not of accuracy" if settings.weights == "random" else ""
     say(f"backbone  ResNet50, {settings.weights} weights{note}, {settings.image_size} pixels")
     say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
+    shared = (
+        f"on {workers[0]} to {workers[1]} workers"
+        if isinstance(workers, tuple)
+        else (f"{batch / workers:g} on each of {workers} worker{'s' * (workers > 1)}")
+    )
     say(
         f"head      {settings.head.epochs} epochs of {steps} steps = "
-        f"{settings.head.epochs * steps:,}; global batch {batch}, "
-        f"{batch / workers:g} on each of {workers} worker{'s' * (workers > 1)}"
+        f"{settings.head.epochs * steps:,}; global batch {batch}, {shared}"
     )
 
 
@@ -597,6 +609,7 @@ def _head_job(
         class_names=index.class_names,
         seed=settings.seed,
         save_every_s=settings.checkpoint.every_seconds,
+        save_every_steps=settings.checkpoint.every_steps,
         identity=identity,
         cache_root=computed.root,
         parts=computed.parts,
@@ -632,9 +645,10 @@ def _fit_head(
     job: fitting.HeadJob,
     run: str,
     *,
-    workers: int,
+    workers: int | tuple[int, int],
     cpus: float,
     gpu: bool,
+    survival: Survival,
     watchers: Sequence[Callable[[dict[str, float]], None]],
 ) -> fitting.HeadResult:
     best = float("inf")
@@ -656,6 +670,7 @@ def _fit_head(
             gpu=gpu,
             storage_path=run,
             on_epoch=on_epoch,
+            survival=survival,
         )
 
 
@@ -675,13 +690,16 @@ def _write_results(
     scores: Mapping[str, Any],
     index: ShardIndex,
     events: tensorboard.EventLog,
+    restarts: Sequence[Mapping[str, Any]],
 ) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]))
     writer.writeheader()
     writer.writerows(history)
     storage.write_bytes(storage.join(run, "history.csv"), text.getvalue().encode())
-    storage.write_json(storage.join(run, "metrics.json"), scores)
+    # Beside the splits only where there is something to tell.
+    told = {"restarts": restarts} if restarts else {}
+    storage.write_json(storage.join(run, "metrics.json"), {**scores, **told})
     storage.write_bytes(storage.join(run, "curves.png"), plots.curves_png(history))
     shown = next(iter(scores))
     confusion = plots.confusion_png(

@@ -351,7 +351,7 @@ def _fit_trial(
         seconds = round(time.monotonic() - began, 2)
         return {"epoch": int(epoch), "whole": whole, "seconds": seconds, **best}
 
-    def report(row: dict[str, float], state: checkpoint.TrainState | None, save: bool) -> None:
+    def report(row: dict[str, float]) -> None:
         if row["valid_loss"] < best["valid_loss"]:
             best.update(
                 best_epoch=int(row["epoch"]),
@@ -386,7 +386,7 @@ def _fit_fold(
     began = time.monotonic()
     train, valid = local.splits["train"], local.splits["valid"]
     data = fold_data(train, valid, held_out, seed=job.seed)
-    state = _fit_alone(job, head, data, lambda row, state, save: None)
+    state = _fit_alone(job, head, data, lambda row: None)
     first_valid = train.labels.size
     folded = fold_standardisation(state.head, mean=data.mean, deviation=data.deviation)
     total = metrics.empty_tally(len(job.class_names))
@@ -447,7 +447,6 @@ def _fit_alone(
         num_classes=len(job.class_names),
         seed=job.seed,
         place=Place(0, 1),
-        save_every_s=math.inf,
         report=report,
     )
 

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -40,6 +41,7 @@ from leafnet.errors import UserError
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 # What every job takes beside its settings; `config` has them in its --help.
 FLAGS = ("--verbose", "--json")
@@ -335,12 +337,33 @@ def log_to(folder: str, name: str) -> Iterator[Path]:
     shutil.rmtree(local.parent)
 
 
+class Terminated(KeyboardInterrupt):
+    """This process was told to end by SIGTERM."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does; Ray's own handler ends at once and mutely."""
+
+    def handle(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run `job` with the command line, less `--verbose` and `--json`; returns the exit code.
 
     0 done, 2 something the user gave is wrong (one line `error[reason]: …`; the error may have a
-    code of its own), 130 interrupted, 1 anything else, with the log file that holds the stack
-    trace.
+    code of its own), 130 interrupted, 143 told to end by SIGTERM, 1 anything else, with the log
+    file that holds the stack trace.
     """
     global _verbose, _json, _kept
     words = sys.argv[1:] if argv is None else argv
@@ -363,11 +386,14 @@ def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int
     except UserError as error:
         print(f"error[{error.reason}]: {error}", file=sys.stderr)
         return error.exit_code, {"error": error.reason, "message": str(error)}
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         kept = f": {_kept}" if _kept else ""
-        message = f"interrupted{kept}; run the same command again to go on"
+        ended, code = "interrupted", EXIT_INTERRUPTED
+        if isinstance(error, Terminated):
+            ended, code = "ended by SIGTERM", EXIT_TERMINATED
+        message = f"{ended}{kept}; run the same command again to go on"
         print(message, file=sys.stderr)
-        return EXIT_INTERRUPTED, {"error": "interrupted", "message": message}
+        return code, {"error": "interrupted", "message": message}
     except Exception as error:
         if _log_path is None:
             traceback.print_exc()

@@ -3,12 +3,15 @@
 `fit_head` runs in every worker. What all workers must agree on (the order of examples, views,
 dropout, when to save and when to stop) is a function of the seed and the position, or has been
 summed over the workers, so that every worker makes the same number of collective steps.
+
+Steps are taken in pieces of about a second. Between two of them the state can be saved, and the
+workers can be asked to leave.
 """
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,46 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 # The features that a worker copies out of the memory map at a time, in bytes.
-_CHUNK_BYTES = 64 * 2**20
+_PIECE_BYTES = 64 * 2**20
+# Workers hear of each other so often, in seconds: a state asked for is saved within that time.
+_PIECE_S = 1.0
+_FIRST_PIECE = 8  # steps, before it is known how long one takes
 
 # (indices of examples [M], epoch) -> features [M, D] of the view that this epoch takes of each.
 Gather = Callable[[NDArray[np.int64], int], NDArray[np.floating]]
-# Called by every worker after each epoch with its row of the history, and with the state when
-# it is time to save; only rank 0 has a state to give.
-Report = Callable[[dict[str, float], TrainState | None, bool], None]
+# Called by every worker after each epoch with its row of the history.
+Report = Callable[[dict[str, float]], None]
+# Called by every worker after the same step when it is time to save; only rank 0 gets the state.
+Save = Callable[[TrainState | None], None]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When the state is saved. At the end of the fit it always is."""
+
+    save: Save
+    every_s: float  # when the last is this old; 0: at the end of every epoch
+    every_steps: int | None = None
+    # False while the last saved state is still on its way: then the next is left out.
+    ready: Callable[[], bool] = lambda: True
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a fit tells the process around it, and asks it between two pieces."""
+
+    doing: Callable[[str], None] = lambda what: None  # what comes next: the sign that it goes on
+    long: Callable[[str], None] = lambda what: None  # the same of what may take any time
+    started: Callable[[], None] = lambda: None  # the first steps are taken
+    leave: Callable[[], bool] = lambda: False  # True on a worker that was asked to save and stop
+
+
+# (features [S, rows, D], labels [S, rows], first step) -> (loss [S], correct) of S steps.
+_RunSteps = Callable[["tf.Tensor", "tf.Tensor", "tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]
+
+
+class Leaving(Exception):
+    """A worker was asked to leave: all of them have saved their state, and stopped."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,7 @@ def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.
 def cached_views(features: Features, *, seed: int) -> Gather:
     """Gather from the memory map `features` [N, K, D], a random view of each example an epoch."""
 
-    # Kept for the chunks of an epoch: at 80 million examples a draw takes a second.
+    # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
     @functools.lru_cache(maxsize=1)
     def views_of(epoch: int) -> NDArray[np.int64]:
         return epoch_views(features.shape[0], features.shape[1], seed=seed, epoch=epoch)
@@ -115,11 +151,12 @@ def fit_head(
     num_classes: int,
     seed: int,
     place: Place,
-    save_every_s: float,
     report: Report,
+    saving: Saving | None = None,
+    hooks: Hooks | None = None,
     state: TrainState | None = None,
 ) -> TrainState:
-    """Fit the head under `tf.distribute`, from `state` when there is one.
+    """Fit the head under `tf.distribute`, from `state` when there is one, also inside an epoch.
 
     Args:
         data: the same on every worker.
@@ -127,8 +164,9 @@ def fit_head(
         num_classes: C.
         seed: of initial weights, order, views and dropout.
         place: of this worker.
-        save_every_s: seconds between saved states; the last epoch is always saved.
         report: called after each epoch.
+        saving: when and how the state is saved; none: never.
+        hooks: how the fit is followed, and asked to stop.
         state: to go on from.
 
     Returns:
@@ -136,7 +174,9 @@ def fit_head(
 
     Raises:
         UserError: the loss is not finite, with the steps where it happened.
+        Leaving: on every worker, after one was asked to leave and the state was saved.
     """
+    hooks = hooks or Hooks()
     examples = data.labels.size
     batch = min(settings.batch_size, examples)
     steps = steps_per_epoch(examples, batch)
@@ -146,6 +186,7 @@ def fit_head(
             f"a global batch of {batch} cannot be shared out among {place.workers} workers; "
             "raise --head.batch_size or lower --workers",
         )
+    hooks.doing("building the head, which waits for the other workers")
     learner = _Learner(
         state.head
         if state
@@ -170,42 +211,100 @@ def fit_head(
             best_epoch=0,
             best_loss=math.inf,
         )
-    last_saved = time.monotonic()
+    clock = _Clock(saving, steps)
+
+    # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
+    @functools.lru_cache(maxsize=1)
+    def order_of(epoch: int) -> NDArray[np.int64]:
+        order = epoch_order(examples, seed=seed, epoch=epoch)
+        return order[: steps * batch].reshape(steps, batch)
+
     while not _finished(state, settings):
-        epoch = state.epoch
-        order = epoch_order(examples, seed=seed, epoch=epoch)[: steps * batch]
-        losses, correct = learner.train_epoch(order.reshape(steps, batch), epoch, epoch * steps)
-        valid_loss, valid_correct = learner.validate()
-        due = place.rank == 0 and time.monotonic() - last_saved >= save_every_s
-        # One sum over the workers an epoch: every worker then sees, and decides, the same.
+        epoch, first = state.epoch, state.step
+        done = first - epoch * steps
+        piece = clock.piece(first, epoch, most=learner.most_steps)
+        ends = done + piece == steps
+        hooks.doing(f"training, epoch {epoch + 1}, step {first + 1} to {first + piece}")
+        began = time.monotonic()
+        losses, correct = learner.train(order_of(epoch)[done : done + piece], epoch, first)
+        taken = time.monotonic() - began
+        valid_loss, valid_correct = learner.validate() if ends else (0.0, 0.0)
+        due = place.rank == 0 and clock.due(first + piece, ends=ends)
+        # One sum over the workers: every worker then sees, and decides, the same.
         sums = learner.sum_over_workers(
-            np.concatenate([losses, [correct, valid_loss, valid_correct, float(due)]])
+            np.concatenate(
+                [losses, [correct, valid_loss, valid_correct, taken, due, hooks.leave()]]
+            )
         )
-        losses, (correct, valid_loss, valid_correct, due_sum) = sums[:steps], sums[steps:]
-        _refuse_non_finite(losses, first_step=epoch * steps, epoch=epoch)
-        row = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * steps,
-            "learning_rate": learner.learning_rate((epoch + 1) * steps - 1),
-            "train_loss": float(losses.mean()),
-            "train_accuracy": float(correct) / (steps * batch),
-        }
-        if data.valid.labels.size:
-            row["valid_loss"] = float(valid_loss) / data.valid.labels.size
-            row["valid_accuracy"] = float(valid_correct) / data.valid.labels.size
-        state.epoch, state.step = epoch + 1, (epoch + 1) * steps
-        state.history.append(row)
-        # Without a validation split the last epoch is as good a choice as any.
-        if row.get("valid_loss", -math.inf) < state.best_loss or "valid_loss" not in row:
-            state.best_epoch = epoch + 1
-            state.best_loss = row.get("valid_loss", math.inf)
-            state.best_head = learner.head()
-        save = due_sum > 0 or _finished(state, settings)
-        if save:
+        losses = sums[:piece]
+        correct, valid_loss, valid_correct, taken, due_sum, leave_sum = sums[piece:]
+        hooks.started()
+        _refuse_non_finite(losses, first_step=first, epoch=epoch)
+        clock.took(taken / place.workers / piece)
+        state.step = first + piece
+        state.losses = np.concatenate([state.losses, losses])
+        state.correct += float(correct)
+        if ends:
+            row = {
+                "epoch": epoch + 1,
+                "step": state.step,
+                "learning_rate": learner.learning_rate(state.step - 1),
+                "train_loss": float(state.losses.mean()),
+                "train_accuracy": state.correct / (steps * batch),
+            }
+            if data.valid.labels.size:
+                row["valid_loss"] = float(valid_loss) / data.valid.labels.size
+                row["valid_accuracy"] = float(valid_correct) / data.valid.labels.size
+            state.epoch, state.losses, state.correct = epoch + 1, np.empty(0), 0.0
+            state.history.append(row)
+            # Without a validation split the last epoch is as good a choice as any.
+            if row.get("valid_loss", -math.inf) < state.best_loss or "valid_loss" not in row:
+                state.best_epoch = epoch + 1
+                state.best_loss = row.get("valid_loss", math.inf)
+                state.best_head = learner.head()
+            report(row)
+        finished = _finished(state, settings)
+        if saving and (due_sum or leave_sum or finished):
+            hooks.doing(f"saving the state after step {state.step}")
             state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
-            last_saved = time.monotonic()
-        report(row, state if save and place.rank == 0 else None, save)
+            saving.save(state if place.rank == 0 else None)
+            clock.saved()
+        elif finished:
+            state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
+        if leave_sum and not finished:
+            raise Leaving(f"after step {state.step}")
     return state
+
+
+class _Clock:
+    """How many steps to take at once, and when the state has to be saved."""
+
+    def __init__(self, saving: Saving | None, steps: int) -> None:
+        self._saving, self._steps = saving, steps  # of an epoch
+        self._step_s: float | None = None
+        self._saved = time.monotonic()
+
+    def piece(self, step: int, epoch: int, *, most: int) -> int:
+        """How many steps come after `step`, within `epoch`; the same on every worker."""
+        wanted = _FIRST_PIECE if self._step_s is None else int(_PIECE_S / self._step_s)
+        piece = max(1, min(wanted, most, (epoch + 1) * self._steps - step))
+        every = self._saving.every_steps if self._saving else None
+        return min(piece, every - step % every) if every else piece
+
+    def took(self, step_s: float) -> None:
+        """Hear the seconds of a step, the mean of all workers."""
+        self._step_s = max(step_s, 1e-6)
+
+    def due(self, step: int, *, ends: bool) -> bool:
+        if self._saving is None or not self._saving.ready():
+            return False
+        every_s, every_steps = self._saving.every_s, self._saving.every_steps
+        if every_steps and step % every_steps == 0:
+            return True
+        return (ends or every_s > 0) and time.monotonic() - self._saved >= every_s
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
 
 
 def _finished(state: TrainState, settings: HeadSettings) -> bool:
@@ -272,7 +371,8 @@ class _Learner:
             )
             self._optimizer.exclude_from_weight_decay(var_names=["bias"])
             self._optimizer.build(self._variables)
-        self._run_steps = self._compile(settings, num_classes=num_classes, seed=seed)
+        self._steps = self._step_loop(settings, num_classes=num_classes, seed=seed)
+        self._run_steps: _RunSteps | None = None
         self._validate = self._compile_validation()
 
     def head(self) -> Head:
@@ -294,34 +394,38 @@ class _Learner:
     def learning_rate(self, step: int) -> float:
         return float(self._schedule(step))
 
-    def train_epoch(
+    @property
+    def most_steps(self) -> int:
+        """Steps whose features fit into `_PIECE_BYTES`, on the worker with the most rows."""
+        rows = -(-self._batch // self._place.workers)
+        return max(1, _PIECE_BYTES // max(1, rows * self._data.mean.size * 4))
+
+    def train(
         self, order: NDArray[np.int64], epoch: int, first_step: int
     ) -> tuple[NDArray[np.float64], float]:
         """Take the steps of `order` [S, batch]; (this worker's share of each loss [S], correct)."""
         import tensorflow as tf
 
-        mine = order[:, self._start : self._stop]
-        losses, correct = [], 0.0
-        for start, stop in self._chunks(mine.shape):
-            indices = mine[start:stop]
-            features = self._data.gather(indices.reshape(-1), epoch)
-            loss, right = self._run_steps(
-                tf.constant(
-                    features.reshape(*indices.shape, -1),
-                    tf.float16 if features.dtype == np.float16 else tf.float32,
-                ),
-                tf.constant(self._data.labels[indices]),
-                tf.constant(first_step + start, tf.int32),
+        indices = order[:, self._start : self._stop]
+        features = self._data.gather(indices.reshape(-1), epoch)
+        dtype = tf.float16 if features.dtype == np.float16 else tf.float32
+        if self._run_steps is None:
+            rows, width = indices.shape[1], self._data.mean.size
+            # For any number of steps: without, each length of a piece would be compiled.
+            self._run_steps = tf.function(
+                self._steps,
+                input_signature=[
+                    tf.TensorSpec([None, rows, width], dtype),
+                    tf.TensorSpec([None, rows], tf.int32),
+                    tf.TensorSpec([], tf.int32),
+                ],
             )
-            losses.append(np.asarray(loss, np.float64))
-            correct += float(right)
-        return np.concatenate(losses), correct
-
-    def _chunks(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-        step_bytes = max(1, shape[1] * self._data.mean.size * 4)
-        size = max(1, _CHUNK_BYTES // step_bytes)
-        for start in range(0, shape[0], size):
-            yield start, min(start + size, shape[0])
+        loss, right = self._run_steps(
+            tf.constant(features.reshape(*indices.shape, -1), dtype),
+            tf.constant(self._data.labels[indices]),
+            tf.constant(first_step, tf.int32),
+        )
+        return np.asarray(loss, np.float64), float(right)
 
     def validate(self) -> tuple[float, float]:
         """(summed loss, correct) over this worker's part of the validation split, view 0."""
@@ -356,10 +460,8 @@ class _Learner:
                 x *= masks[i]
         return self._layers[-1](x)
 
-    def _compile(
-        self, settings: HeadSettings, *, num_classes: int, seed: int
-    ) -> "Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]":
-        """The function that takes a chunk of steps inside one graph."""
+    def _step_loop(self, settings: HeadSettings, *, num_classes: int, seed: int) -> _RunSteps:
+        """What takes a piece of steps inside one graph."""
         import tensorflow as tf
 
         smoothing, batch = settings.label_smoothing, self._batch
@@ -395,8 +497,6 @@ class _Learner:
             loss += 0.0 * tf.linalg.global_norm(gradients)
             return loss, tf.reduce_sum(tf.cast(right, tf.float32))
 
-        rows, width = self._stop - self._start, self._data.mean.size
-
         def run_steps(
             features: "tf.Tensor", labels: "tf.Tensor", first_step: "tf.Tensor"
         ) -> "tuple[tf.Tensor, tf.Tensor]":
@@ -406,17 +506,13 @@ class _Learner:
             for i in tf.range(count):
                 loss, right = self._strategy.run(
                     step_fn,
-                    args=(
-                        tf.ensure_shape(features[i], [rows, width]),
-                        tf.ensure_shape(labels[i], [rows]),
-                        first_step + i,
-                    ),
+                    args=(features[i], labels[i], first_step + i),
                 )
                 losses = losses.write(i, loss)
                 correct += right
             return losses.stack(), correct
 
-        return tf.function(run_steps, reduce_retracing=True)  # type: ignore[no-any-return]
+        return run_steps
 
     def _compile_validation(
         self,

@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from leafnet import cluster, features, fitting
-from leafnet.backbone import FEATURES
+from leafnet import cluster, fitting
 from leafnet.checkpoint import TrainState
 from leafnet.cluster import Node
-from leafnet.config import SPLITS, HeadSettings, RaySettings
+from leafnet.config import SPLITS, RaySettings
 from leafnet.errors import UserError
 from leafnet.fitting import HeadJob, HeadResult
-from leafnet.shards import Shard
-
-CLASSES = ("early_blight", "healthy", "late_blight")
-ROWS = {"train": 48, "valid": 13, "test": 7}
+from tests.made_features import ROWS, head_jobs
 
 
 @pytest.mark.parametrize(
@@ -112,34 +108,7 @@ def test_a_ray_of_the_jobs_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def make_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HeadJob]:
     """Jobs on made features: 48 examples to train on in two views, 13 to validate, 7 to test."""
-    root = str(tmp_path_factory.mktemp("cache") / "key")
-    generator = np.random.default_rng(0)
-    centres = generator.normal(size=(len(CLASSES), FEATURES))
-    parts = {}
-    for split in SPLITS:
-        rows, views = ROWS[split], 2 if split == "train" else 1
-        shard = Shard(f"{split}-00000.parquet", split, rows, (rows,), 1, f"{split:0<64}")
-        parts[split] = features.plan(root, [(shard, views)], seed=0).missing
-        labels = np.arange(rows, dtype=np.int32) % len(CLASSES)
-        for part in parts[split]:
-            noise = generator.normal(size=(rows, part.stop - part.first, FEATURES))
-            values = np.abs(centres[labels][:, None] + 4 * noise).astype(np.float16)
-            features.write_part(root, part, values, labels)
-
-    def make(**head: Any) -> HeadJob:
-        settings = {"epochs": 3, "batch_size": 16, "units": (8,), "dropout": 0.2, **head}
-        return HeadJob(
-            head=HeadSettings(**settings),
-            class_names=CLASSES,
-            seed=0,
-            save_every_s=0,
-            identity={"data": "made"},
-            cache_root=root,
-            parts=parts,
-            views=2,
-        )
-
-    return make
+    return head_jobs(str(tmp_path_factory.mktemp("cache") / "key"))
 
 
 def fit(job: HeadJob, storage_path: Path, workers: int = 1) -> tuple[HeadResult, list[Any]]:

@@ -57,7 +57,7 @@ def test_switch_needs_no_value() -> None:
         ([*REQUIRED, "--epochs", "3"], "unknown-setting", "did you mean --head.epochs?"),
         ([*REQUIRED, "--head.epochs"], "bad-flag", "expected one argument"),
         ([*REQUIRED, "--workers", "0"], "bad-value", "--workers cannot be '0': must be auto"),
-        ([*REQUIRED, "--workers", "some"], "bad-value", "or input should be 'auto'"),
+        ([*REQUIRED, "--batch_size", "some"], "bad-value", "or input should be 'auto'"),
         ([*REQUIRED, "--head.dropout", "1"], "bad-value", "--head.dropout cannot be '1'"),
         ([*REQUIRED, "--head.units", "512,0"], "bad-value", "every width must be at least 1"),
         ([*REQUIRED, "--precision", "int4"], "bad-value", "'auto', 'float32' or 'bfloat16'"),
@@ -137,3 +137,15 @@ def test_counts_are_at_least_one_in_every_job() -> None:
         for name in names:
             with pytest.raises(UserError, match=f"--{name} cannot be 0: must be auto or at least"):
                 config.validate(settings_class, {**needed, name: 0})
+
+
+@pytest.mark.parametrize("given", ["auto", "1", "3", "1..4", "2..2"])
+def test_workers_are_a_number_or_a_range(given: str) -> None:
+    settings = parse(["--shards", "s", "--name", "n", "--workers", given])
+    assert settings.workers == (int(given) if given.isdecimal() else given)
+
+
+@pytest.mark.parametrize("given", ["0", "4..1", "0..2", "1..", "..", "many", "-1"])
+def test_impossible_workers_are_refused(given: str) -> None:
+    with pytest.raises(UserError, match=r"--workers cannot be .* a range such as 1\.\.4"):
+        parse(["--shards", "s", "--name", "n", f"--workers={given}"])

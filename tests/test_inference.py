@@ -32,7 +32,7 @@ from leafnet.features import Plan
 from leafnet.fitting import HeadJob
 from leafnet.images import decode
 from leafnet.shards import ShardIndex
-from leafnet.training import Place, TrainingData
+from leafnet.training import Hooks, Place, TrainingData
 
 SIZE, VIEWS = 64, 3
 # Half a CPU, so that two pipelines fit on the two of the tests' Ray at once.
@@ -245,7 +245,7 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
     job = HeadJob(head, index.class_names, 0, 0, {}, "", {}, 1, online)
     gathers = {
         "cached": training.cached_views(split.features, seed=0),
-        "online": fitting._online_views(job, online, Place(0, 1)),
+        "online": fitting._online_views(job, online, Hooks()),
     }
     rows = np.random.default_rng(0).permutation(split.labels.size)
     fresh = gathers["online"](rows, 3)
@@ -259,8 +259,7 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
             num_classes=len(index.class_names),
             seed=0,
             place=Place(0, 1),
-            save_every_s=1e9,
-            report=lambda row, state, save: None,
+            report=lambda row: None,
         ).head
         for name, gather in gathers.items()
     }

@@ -83,7 +83,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # Ray, from here on. Settings objects end in these modules and in `training`.
     "cluster": {"errors", "config", "backbone"},
-    "workers": {"errors", "storage", "backbone", "features", "training", "cluster"},
+    "watch": set(),
+    "workers": {
+        *("errors", "storage", "terminal", "backbone", "features", "checkpoint", "training"),
+        "watch",
+    },
     "fitting": {
         *("config", "images", "metrics", "storage", "local_cache", "shards", "backbone"),
         *("novelty", "review", "classifier", "calibration", "features", "checkpoint", "training"),
@@ -129,7 +133,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "calibration", "features", "checkpoint"),
-        *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
+        *("training", "bundle", "lock", "cluster", "workers", "fitting", "inference", "search"),
+        "rehearsal",
         *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation"),
     },
     "promotion": {
@@ -145,6 +150,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 MAY_IMPORT_RAY = {
     "cluster",
+    "watch",
     "workers",
     "fitting",
     "ingest",

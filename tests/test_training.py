@@ -11,7 +11,7 @@ from leafnet.classifier import fold_standardisation, head_logits
 from leafnet.config import HeadSettings
 from leafnet.errors import UserError
 from leafnet.features import SplitFeatures
-from leafnet.training import Place, TrainingData
+from leafnet.training import Hooks, Leaving, Place, Saving, TrainingData
 
 WIDTH, CLASSES = 16, 3
 
@@ -34,16 +34,20 @@ def made_data(examples: int = 90, views: int = 4, seed: int = 0) -> TrainingData
 
 
 def fit(
-    data: TrainingData, state: TrainState | None = None, **settings: Any
+    data: TrainingData,
+    state: TrainState | None = None,
+    *,
+    every_steps: int | None = None,
+    hooks: Hooks | None = None,
+    saved: list[TrainState] | None = None,
+    **settings: Any,
 ) -> tuple[TrainState, list[dict[str, float]], list[TrainState]]:
     rows: list[dict[str, float]] = []
-    saved: list[TrainState] = []
+    kept: list[TrainState] = [] if saved is None else saved
 
-    def report(row: dict[str, float], state: TrainState | None, save: bool) -> None:
-        rows.append(row)
-        assert save == (state is not None)
-        if state:
-            saved.append(dataclasses.replace(state, history=list(state.history)))
+    def save(state: TrainState | None) -> None:
+        assert state is not None
+        kept.append(dataclasses.replace(state, history=list(state.history)))
 
     made = {"units": (8,), "epochs": 6, "batch_size": 16, "learning_rate": 0.01, **settings}
     final = training.fit_head(
@@ -52,11 +56,12 @@ def fit(
         num_classes=CLASSES,
         seed=0,
         place=Place(0, 1),
-        save_every_s=0,
-        report=report,
+        report=rows.append,
+        saving=Saving(save, 0, every_steps),
+        hooks=hooks,
         state=state,
     )
-    return final, rows, saved
+    return final, rows, kept
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -130,6 +135,62 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, stopped_af
         np.testing.assert_array_equal(bias, other_bias)
 
 
+@pytest.mark.parametrize("stopped_after", [1, 7, 12, 29])
+def test_interrupted_at_any_step_equals_uninterrupted(tmp_path: Path, stopped_after: int) -> None:
+    """Six epochs of five steps, saved after each step; bit for bit, history and best as well."""
+    data, identity = made_data(), {"data": "abc"}
+    more: dict[str, Any] = {"dropout": 0.3, "units": (8, 8), "patience": 5}
+    whole, _, _ = fit(data, **more)
+    _, _, saved = fit(data, every_steps=1, **more)
+    assert [state.step for state in saved] == list(range(1, 31))
+    checkpoint.save(tmp_path, saved[stopped_after - 1], identity=identity)
+    state = checkpoint.load(tmp_path, identity=identity)
+    assert (state.epoch, state.step) == (stopped_after // 5, stopped_after)
+    assert state.losses.size == stopped_after % 5
+    resumed, _, _ = fit(data, state, **more)
+    assert resumed.history == whole.history
+    assert (resumed.best_epoch, resumed.best_loss) == (whole.best_epoch, whole.best_loss)
+    for name in ("head", "best_head"):
+        for layer, other in zip(getattr(resumed, name), getattr(whole, name), strict=True):
+            for array, other_array in zip(layer, other, strict=True):
+                np.testing.assert_array_equal(array, other_array)
+    for array, other_array in zip(resumed.optimizer, whole.optimizer, strict=True):
+        np.testing.assert_array_equal(array, other_array)
+
+
+def test_asked_to_leave_it_saves_and_stops_and_the_rest_is_the_same() -> None:
+    data = made_data()
+    whole, _, _ = fit(data)
+    told: list[str] = []
+    hooks = Hooks(doing=told.append, leave=lambda: any("to 8" in what for what in told))
+    saved: list[TrainState] = []
+    with pytest.raises(Leaving):
+        fit(data, every_steps=4, hooks=hooks, saved=saved)
+    assert saved[-1].step == 8
+    resumed, _, _ = fit(data, saved[-1])
+    np.testing.assert_array_equal(resumed.head[0][0], whole.head[0][0])
+
+
+def test_a_state_is_left_out_while_the_last_is_on_its_way() -> None:
+    data = made_data()
+    kept: list[int] = []
+
+    def save(state: TrainState | None) -> None:
+        assert state is not None
+        kept.append(state.step)
+
+    training.fit_head(
+        data,
+        settings=HeadSettings(units=(), epochs=2, batch_size=16),
+        num_classes=CLASSES,
+        seed=0,
+        place=Place(0, 1),
+        report=lambda row: None,
+        saving=Saving(save, 0, 1, ready=lambda: not kept),
+    )
+    assert kept == [1, 10]
+
+
 def test_a_finished_fit_does_nothing() -> None:
     data = made_data()
     whole, _, _ = fit(data)
@@ -201,8 +262,7 @@ def test_batch_smaller_than_the_workers_is_refused() -> None:
             num_classes=CLASSES,
             seed=0,
             place=Place(0, 3),
-            save_every_s=0,
-            report=lambda *_: None,
+            report=lambda row: None,
         )
 
 
