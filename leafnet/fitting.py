@@ -169,18 +169,8 @@ def _fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -
             ray.train.report(
                 {"epoch": row["epoch"]},
                 checkpoint=saved,
-                checkpoint_upload_fn=None if storage.is_local(folder_url) else upload,
+                checkpoint_upload_fn=None if storage.is_local(folder_url) else uploader(folder_url),
             )
-
-    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
-        # of writing (pyarrow 26): a checkpoint would count that is not there.
-        storage.upload_folder(saved.path, storage.join(folder_url, name))
-        # Ray Train compares filesystems, and two of the same settings are not equal.
-        managed = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(
-            f"{managed.experiment_fs_path}/{name}", managed.storage_filesystem
-        )
 
     state = None
     found = ray.train.get_checkpoint()
@@ -220,6 +210,24 @@ def _fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -
         )
     # What is mapped stays readable for the workers of this node that still have it open.
     shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def uploader(
+    folder_url: str,
+) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:
+    """What `ray.train.report` uploads a checkpoint with, to a folder that is not on local disk."""
+
+    def upload(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        # Ray's own way is `pyarrow.fs.copy_files`, which to an fsspec filesystem loses the errors
+        # of writing (pyarrow 26): a checkpoint would count that is not there.
+        storage.upload_folder(saved.path, storage.join(folder_url, name))
+        # Ray Train compares filesystems, and two of the same settings are not equal.
+        managed = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            f"{managed.experiment_fs_path}/{name}", managed.storage_filesystem
+        )
+
+    return upload
 
 
 def tally_part(split: SplitFeatures, head: Head, place: Place, num_classes: int) -> Tally:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from leafnet import shards
 from leafnet.images import DECODER_VERSION, decode
+from leafnet.local_cache import LocalCache
 from leafnet.shards import Shard
 
 Pixels = NDArray[np.uint8]
@@ -67,7 +68,13 @@ def streamed_order(
 
 
 def open_split(
-    root: str, of_split: Sequence[Shard], *, image_size: int, threads: int, max_local: float
+    root: str,
+    of_split: Sequence[Shard],
+    *,
+    image_size: int,
+    threads: int,
+    max_local: float,
+    cache: LocalCache | None = None,
 ) -> Photographs:
     """The photographs of the shards `of_split`, on this node's disk where they fit.
 
@@ -77,6 +84,7 @@ def open_split(
         image_size: S, pixels.
         threads: that decode.
         max_local: bytes of decoded photographs that may be kept on this node's disk.
+        cache: of shards on this node, see `shards.row_groups`.
 
     Raises:
         UserError: a shard is not the one that was prepared.
@@ -84,13 +92,15 @@ def open_split(
     of_split = sorted(of_split, key=lambda shard: shard.name)
     rows = [shard.rows for shard in of_split]
     if sum(rows) * image_size * image_size * 3 <= max_local:
-        return _local(root, of_split, image_size, threads)
+        return _local(root, of_split, image_size, threads, cache)
     labels = [shards.read_columns(root, shard, ["label"])["label"].to_numpy() for shard in of_split]
-    stream = _Stream(root, of_split, image_size, threads)
+    stream = _Stream(root, of_split, image_size, threads, cache)
     return Photographs(np.concatenate(labels).astype(np.int32), stream.gather, tuple(rows))
 
 
-def _local(root: str, of_split: Sequence[Shard], image_size: int, threads: int) -> Photographs:
+def _local(
+    root: str, of_split: Sequence[Shard], image_size: int, threads: int, cache: LocalCache | None
+) -> Photographs:
     """All photographs in one mapped file, which the processes of this node share."""
     names = "\n".join(shard.sha256 for shard in of_split)
     content = f"photographs, decoder {DECODER_VERSION}, {image_size} pixels\n{names}"
@@ -107,7 +117,7 @@ def _local(root: str, of_split: Sequence[Shard], image_size: int, threads: int) 
             found, done = [], 0
             with ThreadPoolExecutor(threads) as pool:
                 for shard in of_split:
-                    for table in shards.row_groups(root, shard):
+                    for table in shards.row_groups(root, shard, cache=cache):
                         found.append(table["label"].to_numpy().astype(np.int32))
                         for at in range(0, table.num_rows, _BLOCK):
                             images = table["image"].slice(at, _BLOCK)
@@ -128,8 +138,15 @@ def _decoded(pool: ThreadPoolExecutor, images: "pa.ChunkedArray", size: int) -> 
 class _Stream:
     """Photographs decoded as they are asked for, from the shards that were asked for last."""
 
-    def __init__(self, root: str, of_split: Sequence[Shard], size: int, threads: int) -> None:
-        self._root, self._shards, self._size = root, of_split, size
+    def __init__(
+        self,
+        root: str,
+        of_split: Sequence[Shard],
+        size: int,
+        threads: int,
+        cache: LocalCache | None,
+    ) -> None:
+        self._root, self._shards, self._size, self._cache = root, of_split, size, cache
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in of_split])])
         self._pool = ThreadPoolExecutor(threads)
         self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
@@ -145,7 +162,7 @@ class _Stream:
 
     def _images(self, shard: int) -> "pa.ChunkedArray":
         if shard not in self._held:
-            tables = shards.row_groups(self._root, self._shards[shard])
+            tables = shards.row_groups(self._root, self._shards[shard], cache=self._cache)
             self._held[shard] = pa.chunked_array(
                 [chunk for table in tables for chunk in table["image"].chunks], pa.binary()
             )

@@ -51,8 +51,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cam": {"backbone", "classifier"},
     "gallery": {"storage", "images", "metrics", "mistakes", "shards", "cam"},
     "features": {"storage", "images", "shards", "backbone"},
+    "augment": {"features"},
+    "photographs": {"images", "local_cache", "shards"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
+    "finetune": {
+        *("errors", "storage", "config", "backbone", "classifier", "checkpoint", "training"),
+        *("augment", "photographs"),
+    },
     "registry": {"errors", "storage"},
     "plan": {"backbone", "features", "training"},
     "bundle": {
@@ -88,6 +94,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("config", "images", "metrics", "storage", "local_cache", "shards", "backbone"),
         *("novelty", "review", "classifier", "calibration", "features", "checkpoint", "training"),
         "workers",
+    },
+    "tuning": {
+        *("config", "metrics", "storage", "shards", "backbone", "novelty", "review"),
+        *("classifier", "features", "photographs", "training", "finetune", "workers", "fitting"),
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
@@ -130,7 +140,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "calibration", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "fitting", "inference", "search", "rehearsal"),
-        *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation"),
+        *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation", "finetune"),
+        "tuning",
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
@@ -147,6 +158,7 @@ MAY_IMPORT_RAY = {
     "cluster",
     "workers",
     "fitting",
+    "tuning",
     "ingest",
     "inference",
     "evaluation",
