@@ -195,7 +195,7 @@ class FineTuneSettings(Settings):
         32, ge=1, description="global batch, shared out among the workers [images]"
     )
     learning_rate: float = Field(
-        3e-3,
+        2e-3,
         gt=0,
         description="peak rate of AdamW for the last stage and the head, relative to the scale of "
         "what is trained",
