@@ -53,7 +53,7 @@ def streamed_order(
     Shards in random order, and the examples of each `window` shards mixed.
 
     >>> streamed_order([3, 2], seed=0, epoch=0, window=1).tolist()
-    [3, 4, 1, 2, 0]
+    [2, 0, 1, 4, 3]
     """
     generator = np.random.default_rng([seed, epoch, 0])
     starts = np.concatenate([[0], np.cumsum(shard_rows)])
