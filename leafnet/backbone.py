@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import keras
 
 FEATURES = 2048
+# Residual blocks of each stage; the stem before them is stage 1.
+_BLOCKS = {2: 3, 3: 4, 4: 6, 5: 3}
 # What Keras's ResNet50 adds to the variance (keras/src/applications/resnet.py).
 _EPSILON = 1.001e-5
 # keras.applications.resnet50.preprocess_input, "caffe" mode: BGR minus the ImageNet mean, 0..255.
@@ -52,7 +54,8 @@ def convolutions() -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
     """
     yield "conv1_conv", "conv1_bn", (7, 7, 3, 64)
     inputs = 64
-    for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=2):
+    for stage, blocks in _BLOCKS.items():
+        width = 16 * 2**stage
         for block in range(1, blocks + 1):
             shapes = {
                 1: (1, 1, inputs, width),
@@ -241,7 +244,7 @@ def build(
     import keras
 
     maps_in = keras.Input((image_size, image_size, 3), dtype=precision)
-    folded = keras.Model(maps_in, _layers(maps_in, precision), name="resnet50")
+    folded = keras.Model(maps_in, _layers(maps_in, precision, range(1, 6)), name="resnet50")
     for name, (kernel, bias) in weights.items():
         # The weights are for BGR. To turn their channels round once is exact, and spares turning
         # every photograph's, which took 5 % of the forward pass on two cores.
@@ -259,8 +262,75 @@ def build(
     return model
 
 
-def _layers(x: "keras.KerasTensor", precision: str) -> "keras.KerasTensor":
-    """Keras's ResNet50 without its BatchNorm layers, and without weights that matter.
+class Parts(NamedTuple):
+    """The network in two, for squares of any size."""
+
+    frozen: "keras.Model"  # RGB in 0..255 [B, S, S, 3] float32 -> maps [B, h, w, c] in `precision`
+    trained: "keras.Model"  # maps -> features [B, 2048] float32; its variables are float32
+
+
+def build_parts(
+    weights: dict[str, tuple[Array, Array]], *, precision: str, blocks: int | Literal["all"]
+) -> Parts:
+    """The folded network cut before its last `blocks` stages, which can be trained.
+
+    One after the other they compute what `build` computes. The variables of the trained part are
+    float32 in either precision, rounded to it as they are used: an update at a low rate is smaller
+    than what bfloat16 tells apart.
+
+    Args:
+        weights: as `Weights.convolutions`.
+        precision: `float32` or `bfloat16`, of convolutions.
+        blocks: stages from the end, 1 to 4; `all`: these and the stem.
+    """
+    import keras
+
+    first = 1 if blocks == "all" else 6 - blocks
+    images = keras.Input((None, None, 3), dtype="float32", name="rgb")
+    # Channels are turned as in `build`, but for a stem that is trained, whose kernel stays for BGR.
+    turned = first > 1
+    centred = (images if turned else images[..., ::-1]) - np.array(
+        MEAN_BGR[::-1] if turned else MEAN_BGR, np.float32
+    )
+    below = _layers(keras.ops.cast(centred, precision), precision, range(1, first))
+    frozen = keras.Model(images, below, name="frozen")
+    frozen.trainable = False
+
+    maps = keras.Input(tuple(below.shape[1:]), dtype=precision, name="maps")
+    policy = "mixed_bfloat16" if precision == "bfloat16" else precision
+    above = keras.ops.cast(_layers(maps, policy, range(first, 6)), "float32")
+    trained = keras.Model(maps, keras.ops.mean(above, axis=(1, 2)), name="trained")
+    for part in (frozen, trained):
+        for layer in part.layers:
+            if layer.weights:
+                kernel, bias = weights[layer.name]
+                if turned and layer.name == "conv1_conv":
+                    kernel = kernel[:, :, ::-1]
+                layer.set_weights([kernel, bias])
+    return Parts(frozen, trained)
+
+
+def stage_of(convolution: str) -> int:
+    """The stage that a convolution belongs to, 1 (the stem) to 5.
+
+    >>> stage_of("conv1_conv"), stage_of("conv5_block3_2_conv")
+    (1, 5)
+    """
+    return int(convolution[len("conv")])
+
+
+def fingerprint(weights: dict[str, tuple[Array, Array]]) -> str:
+    """sha256 over the names and numbers of folded weights."""
+    digest = hashlib.sha256()
+    for name, arrays in sorted(weights.items()):
+        digest.update(name.encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _layers(x: "keras.KerasTensor", precision: str, stages: range) -> "keras.KerasTensor":
+    """The `stages` of Keras's ResNet50 without BatchNorm, and without weights that matter.
 
     Built here and not cloned from `keras.applications`, whose random initial weights took three
     quarters of the time of building.
@@ -284,10 +354,13 @@ def _layers(x: "keras.KerasTensor", precision: str) -> "keras.KerasTensor":
     def relu(x: "keras.KerasTensor") -> "keras.KerasTensor":
         return keras.layers.Activation("relu", dtype=precision)(x)
 
-    x = relu(conv(keras.layers.ZeroPadding2D(3, dtype=precision)(x), "conv1", stride=2))
-    x = keras.layers.ZeroPadding2D(1, dtype=precision)(x)
-    x = keras.layers.MaxPooling2D(3, strides=2, dtype=precision)(x)
-    for stage, blocks in enumerate((3, 4, 6, 3), start=2):
+    if 1 in stages:
+        x = relu(conv(keras.layers.ZeroPadding2D(3, dtype=precision)(x), "conv1", stride=2))
+        x = keras.layers.ZeroPadding2D(1, dtype=precision)(x)
+        x = keras.layers.MaxPooling2D(3, strides=2, dtype=precision)(x)
+    for stage, blocks in _BLOCKS.items():
+        if stage not in stages:
+            continue
         for block in range(1, blocks + 1):
             name = f"conv{stage}_block{block}"
             stride = 2 if block == 1 and stage > 2 else 1

@@ -399,6 +399,7 @@ def model_card(description: dict[str, Any]) -> str:
             f"Weakest class: `{worst[0]}`, of which {worst[1]['recall']:.0%} are found.",
         ]
     lines += _card_of_temperature(description.get("temperature"))
+    lines += _card_of_fine_tune(description.get("fine_tune"))
     lines += _card_of_review(description.get("review"))
     lines += _card_of_int8(description.get("int8"))
     if weights.get("source") == "random":
@@ -425,6 +426,23 @@ def _card_of_temperature(document: dict[str, Any] | None) -> list[str]:
         f"{document['examples']:,} validation photographs and part of the head: it took the ECE "
         + " and ".join(effects)
         + ".",
+    ]
+
+
+def _card_of_fine_tune(document: dict[str, Any] | None) -> list[str]:
+    if document is None:
+        return []
+    blocks = document.get("blocks")
+    stages = "All stages" if blocks == "all" else f"The last {blocks} of 4 stages"
+    if not document.get("published"):
+        return [
+            "",
+            f"{stages} were fine-tuned without a gain on validation, and left as they were.",
+        ]
+    return [
+        "",
+        f"{stages} of the backbone were fine-tuned with the head, after it was fitted; the weights "
+        f"are the average over steps, as of epoch {document.get('best_epoch')}.",
     ]
 
 

@@ -209,6 +209,84 @@ class HeadSettings(Settings):
         return value
 
 
+class FineTuneSettings(Settings):
+    """How the last stages of the ResNet50 are trained with the head, after it was fitted."""
+
+    blocks: int | Literal["all"] = Field(
+        0, description="stages trained, counted from the end, 0 to 4 or all; 0: do not fine-tune"
+    )
+    epochs: int = Field(30, ge=1, description="passes over the training images [epochs]")
+    batch_size: int = Field(
+        32, ge=1, description="global batch, shared out among the workers [images]"
+    )
+    learning_rate: float = Field(
+        2e-3,
+        gt=0,
+        description="peak rate of AdamW for the last stage and the head, relative to the scale of "
+        "what is trained",
+    )
+    layer_decay: float = Field(
+        0.7, gt=0, le=1, description="rate of each stage as a share of that of the one after it"
+    )
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up to the peak [epochs]")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of AdamW")
+    clip_norm: float = Field(
+        1.0, gt=0, description="largest norm of all gradients together; longer ones are scaled"
+    )
+    ema: float = Field(
+        0.98,
+        ge=0,
+        lt=1,
+        description="share that the average of the weights keeps of itself in a step; the average "
+        "is what is evaluated and published",
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share spread over all classes")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop when the validation loss has not improved for so long [epochs]; "
+        "none: run all epochs",
+    )
+    crop_size: int | Auto = Field(
+        "auto",
+        description="views to train on are squares of this size, smaller ones faster [pixels]; "
+        "auto: image_size. Validation and the model look at image_size all the same",
+    )
+    crop: float = Field(
+        0.4, gt=0, le=1, description="smallest area of a random crop [share]; 1: no crops"
+    )
+    brightness: float = Field(0.2, ge=0, lt=1, description="largest change of brightness [share]")
+    colour: float = Field(
+        0.2, ge=0, lt=1, description="largest change of saturation, twice that of tint [share]"
+    )
+    mixup: float = Field(
+        0.0, ge=0, description="alpha of Mixup, pairs of images blended into each other; 0: off"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="alpha of CutMix, a box of one image put into another; 0: off"
+    )
+    local_gb: float = Field(
+        20.0,
+        ge=0,
+        description="decoded photographs kept on each node's disk [GB]; a larger data set is "
+        "decoded again in each epoch",
+    )
+
+    @field_validator("blocks")
+    @classmethod
+    def _stages(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 0 <= value <= 4:
+            raise ValueError(f"must be 0 to 4 or all, got {value}")
+        return value
+
+    @field_validator("crop_size")
+    @classmethod
+    def _crop_pixels(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 32 <= value <= 1024:
+            raise ValueError(f"must be auto or from 32 to 1024, got {value}")
+        return value
+
+
 class CacheSettings(Settings):
     """Where computed features are kept."""
 
@@ -383,6 +461,7 @@ class TrainSettings(Settings):
         "dead, and its output is taken over [s]",
     )
     head: HeadSettings = HeadSettings()
+    fine_tune: FineTuneSettings = FineTuneSettings()
     data: DataSettings = DataSettings()
     cache: CacheSettings = CacheSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

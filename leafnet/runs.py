@@ -27,6 +27,7 @@ from leafnet import (
     drift,
     evaluation,
     features,
+    finetune,
     fitting,
     gallery,
     inference,
@@ -43,6 +44,7 @@ from leafnet import (
     tensorboard,
     terminal,
     tracking,
+    tuning,
 )
 from leafnet.classifier import Head, fold_standardisation
 from leafnet.config import SPLITS, TrainSettings
@@ -51,7 +53,7 @@ from leafnet.lock import Lock
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
 from leafnet.training import steps_per_epoch
-from leafnet.workers import Survival
+from leafnet.workers import Restart, Survival
 
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
@@ -68,6 +70,15 @@ class _Features(NamedTuple):
     parts: dict[str, tuple[features.Part, ...]]
     views: int
     computed: int  # views that were not in the cache
+
+
+class _Network(NamedTuple):
+    """A network with its head, and how they do."""
+
+    weights: backbone.Weights
+    reference: Any  # to `weights.convolutions`, in Ray's object store
+    head: Head  # on raw features
+    result: fitting.HeadResult
 
 
 def train(settings: TrainSettings) -> None:
@@ -141,9 +152,16 @@ def _train_on(
     workers, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
     precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
     batch_size = cluster.batch_size(settings.batch_size, gpus=machines.gpus)
+    if settings.fine_tune.blocks:
+        finetune.check_batch(
+            settings.fine_tune,
+            examples=index.examples("train"),
+            workers=workers if isinstance(workers, int) else workers[1],
+        )
     _say_plan(settings, index, machines, workers, precision, why)
     seconds["start"] = time.monotonic() - began
 
+    survival = Survival(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep)
     reference = ray.put(weights.convolutions)
     for attempt in range(3):
         began_stage = time.monotonic()
@@ -168,9 +186,7 @@ def _train_on(
                 cpus=cpus,
                 gpu=machines.gpus > 0,
                 watchers=(events.epoch, tracker.epoch),
-                survival=Survival(
-                    settings.max_failures, settings.hang_timeout, settings.checkpoint.keep
-                ),
+                survival=survival,
             )
             break
         except features.DamagedParts as error:
@@ -183,45 +199,58 @@ def _train_on(
 
     # What is published is described by the settings that were found, if there was a search.
     settings = settings.model_copy(update={"head": job.head})
-    began_stage = time.monotonic()
-    for split in SPLITS:
-        if result.tallies[split].examples != index.examples(split):
-            raise RuntimeError(
-                f"evaluated {result.tallies[split].examples} examples of {split}, which has "
-                f"{index.examples(split)}"
-            )
-    scores = {
-        split: metrics.scores(result.tallies[split], index.class_names)
-        for split in reversed(SPLITS)
-        if index.examples(split)
-    }
-    calibrated = _calibration(result, scores, index.class_names)
-    held.check()
-    restarts = [vars(one) for one in result.restarts]
-    _write_results(run, result.state.history, scores, index, events, restarts)
     head = fold_standardisation(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
     head = calibration.fold_temperature(head, result.temperature)
+    scores = _scores(result, index)
+    network = _Network(weights, reference, head, result)
+    tuned: dict[str, Any] = {}
+    if settings.fine_tune.blocks:
+        storage.write_json(storage.join(run, "metrics_head.json"), scores)
+        network, tuned = _fine_tune(
+            settings,
+            index,
+            network,
+            precision=precision,
+            batch_size=batch_size,
+            machines=machines,
+            workers=workers,
+            cpus=cpus,
+            survival=survival,
+            run=run,
+            seconds=seconds,
+        )
+        if network.weights is not weights:
+            tuned["head_alone"] = _short(scores)
+            scores = _scores(network.result, index)
+            tuned["fine_tuned"] = _short(scores)
+            say(f"fine-tune {_gain(tuned)}")
+    result = network.result
+    calibrated = _calibration(result, scores, index.class_names)
+    held.check()
+    restarts = [vars(one) for one in result.restarts]
+    _write_results(run, result.state.history, scores, index, events, restarts)
     thresholds, effects = _review(settings, result)
     int8, int8_review = None, None
     int8_report: dict[str, Any] = {}
     if settings.int8:
         began_stage = time.monotonic()
         int8, int8_review, int8_report = _quantize(
-            settings, index, reference, head, result, machines
+            settings, index, network.reference, network.head, result, machines
         )
         seconds["int8"] = time.monotonic() - began_stage
     began_stage = time.monotonic()
     held.check()
     model_id = bundle.save(
         storage.join(run, "model"),
-        convolutions=weights.convolutions,
-        head=head,
+        convolutions=network.weights.convolutions,
+        head=network.head,
         class_names=index.class_names,
         image_size=settings.image_size,
         provenance=_provenance(settings, index, weights, precision, scores, result.state)
         | ({"temperature": calibrated} if calibrated else {})
+        | ({"fine_tune": tuned} if tuned else {})
         | ({"review": effects} if thresholds else {})
         | ({"reference": drift.reference(result.outcomes["valid"])} if thresholds else {})
         | ({"int8": int8_report} if int8_report else {}),
@@ -238,8 +267,8 @@ def _train_on(
         answers=result.answers,
         model_url=storage.join(run, "model"),
         model_id=model_id,
-        convolutions=reference,
-        head=head,
+        convolutions=network.reference,
+        head=network.head,
         image_size=settings.image_size,
         precision=precision,
         machines=machines,
@@ -266,7 +295,8 @@ def _train_on(
             "epochs": result.state.epoch,
             "best_epoch": result.state.best_epoch,
             "versions": bundle.versions(),
-        },
+        }
+        | ({"fine_tune": tuned} if tuned else {}),
     )
     # Its samples of each class are of the training split, which is what was learnt from.
     told = _report(run, [item for item in items if item.kind != "sample"])
@@ -530,6 +560,14 @@ def _say_plan(
         f"head      {settings.head.epochs} epochs of {steps} steps = "
         f"{settings.head.epochs * steps:,}; global batch {batch}, {shared}"
     )
+    if settings.fine_tune.blocks:
+        tuned = settings.fine_tune
+        batch = min(tuned.batch_size, examples)
+        stages = "all stages" if tuned.blocks == "all" else f"the last {tuned.blocks} of 4 stages"
+        say(
+            f"fine-tune {stages}, {tuned.epochs} epochs of {steps_per_epoch(examples, batch)} "
+            f"steps; global batch {batch}"
+        )
 
 
 def _features(
@@ -587,11 +625,6 @@ def _head_job(
     precision: str,
     batch_size: int,
 ) -> fitting.HeadJob:
-    identity = _decisive(settings.model_dump(mode="json")) | {
-        "data": index.fingerprint,
-        "weights_fingerprint": weights.fingerprint,
-        "precision": precision,
-    }
     online = None
     if settings.features == "online":
         online = fitting.Online(
@@ -610,7 +643,7 @@ def _head_job(
         seed=settings.seed,
         save_every_s=settings.checkpoint.every_seconds,
         save_every_steps=settings.checkpoint.every_steps,
-        identity=identity,
+        identity=_identity(settings, index, weights, precision),
         cache_root=computed.root,
         parts=computed.parts,
         views=computed.views,
@@ -684,6 +717,172 @@ def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
     return line
 
 
+def _scores(result: fitting.HeadResult, index: ShardIndex) -> dict[str, Any]:
+    """The scores of each split that has examples, all of which must have been evaluated."""
+    for split in SPLITS:
+        if result.tallies[split].examples != index.examples(split):
+            raise RuntimeError(
+                f"evaluated {result.tallies[split].examples} examples of {split}, which has "
+                f"{index.examples(split)}"
+            )
+    return {
+        split: metrics.scores(result.tallies[split], index.class_names)
+        for split in reversed(SPLITS)
+        if index.examples(split)
+    }
+
+
+def _short(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each split what two models are compared by."""
+    names = ("accuracy", "log_loss", "ece")
+    return {split: {name: of_split[name] for name in names} for split, of_split in scores.items()}
+
+
+def _gain(tuned: Mapping[str, Any]) -> str:
+    """Accuracy of the head alone and after fine-tuning.
+
+    >>> of = {"test": {"accuracy": 0.9}}
+    >>> _gain({"head_alone": of, "fine_tuned": {"test": {"accuracy": 0.95}}, "best_epoch": 7})
+    'of epoch 7: test accuracy 0.900 -> 0.950'
+    """
+    gains = (
+        f"{split} accuracy {before['accuracy']:.3f} -> {tuned['fine_tuned'][split]['accuracy']:.3f}"
+        for split, before in tuned["head_alone"].items()
+    )
+    return f"of epoch {tuned['best_epoch']}: {', '.join(gains)}"
+
+
+def _fine_tune(
+    settings: TrainSettings,
+    index: ShardIndex,
+    before: _Network,
+    *,
+    precision: str,
+    batch_size: int,
+    machines: cluster.Machines,
+    workers: int | tuple[int, int],
+    cpus: float,
+    survival: Survival,
+    run: str,
+    seconds: dict[str, float],
+) -> tuple[_Network, dict[str, Any]]:
+    """(the network to publish, what is told of it): `before` itself where tuning did not help."""
+    began, state = time.monotonic(), before.result.state
+    job = tuning.TuneJob(
+        settings=settings.fine_tune,
+        class_names=index.class_names,
+        class_weights=settings.head.class_weights,
+        seed=settings.seed,
+        save_every_s=settings.checkpoint.every_seconds,
+        identity=_identity(settings, index, before.weights, precision),
+        index=index,
+        weights=before.reference,
+        probe=ray.put(tuning.Probe(state.best_head, before.result.mean, before.result.deviation)),
+        precision=precision,
+        image_size=settings.image_size,
+        threads=max(1, round(cpus)),
+    )
+    made, restarts = _tune_stages(
+        job, run, workers=workers, cpus=cpus, gpu=machines.gpus > 0, survival=survival
+    )
+    # With those of the head, whose result the network to publish goes on from.
+    before = before._replace(
+        result=replace(before.result, restarts=before.result.restarts + restarts)
+    )
+    seconds["fine_tune"] = time.monotonic() - began
+    storage.write_bytes(storage.join(run, "fine_tune.csv"), _csv(made.history))
+    images = len(made.history) * index.examples("train")
+    told: dict[str, Any] = {
+        "blocks": settings.fine_tune.blocks,
+        "published": made.best_epoch > 0,
+        "epochs": made.epoch,
+        "best_epoch": made.best_epoch,
+        "images_per_s": images
+        / sum(index.examples("train") / row["images_per_s"] for row in made.history),
+        "waited": sum(row["waited"] for row in made.history) / len(made.history),
+    }
+    if not made.best_epoch:
+        say("fine-tune validation did not improve over the head alone, which is published")
+        return before, told
+    began = time.monotonic()
+    weights = tuning.merged(before.weights, made)
+    told["fingerprint"] = weights.fingerprint
+    reference = ray.put(weights.convolutions)
+    mean, deviation = before.result.mean, before.result.deviation
+    head = fold_standardisation(made.head, mean=mean, deviation=deviation)
+    plain = settings.model_copy(update={"views": 1})
+    for attempt in range(3):
+        computed = _features(plain, index, weights, reference, precision, batch_size, machines)
+        judged = _head_job(
+            plain,
+            index,
+            weights,
+            reference,
+            computed,
+            precision=precision,
+            batch_size=batch_size,
+        )
+        try:
+            found = tuning.judge(judged, head)
+            break
+        except features.DamagedParts as error:
+            if attempt == 2:
+                raise
+            for name in error.names:
+                storage.delete(storage.join(computed.root, name))
+    result = replace(before.result, **found.changes)
+    seconds["fine_tuned_features"] = time.monotonic() - began
+    return _Network(weights, reference, found.head, result), told
+
+
+def _tune_stages(
+    job: tuning.TuneJob,
+    run: str,
+    *,
+    workers: int | tuple[int, int],
+    cpus: float,
+    gpu: bool,
+    survival: Survival,
+) -> tuple[tuning.Tuned, list[Restart]]:
+    examples, epochs = job.index.examples("train"), job.settings.epochs
+    batch = min(job.settings.batch_size, examples)
+    total = epochs * steps_per_epoch(examples, batch) * batch
+    with terminal.progress("fine-tune", total) as advance:
+
+        def on_epoch(row: dict[str, float]) -> None:
+            say(_epoch_line(row, epochs) + ("   best" if row["best"] else ""))
+
+        return tuning.fine_tune(
+            job,
+            count=workers,
+            cpus_per_worker=cpus,
+            gpu=gpu,
+            storage_path=run,
+            on_epoch=on_epoch,
+            on_images=advance,
+            survival=survival,
+        )
+
+
+def _identity(
+    settings: TrainSettings, index: ShardIndex, weights: backbone.Weights, precision: str
+) -> dict[str, Any]:
+    """What a checkpoint must agree with."""
+    return _decisive(settings.model_dump(mode="json")) | {
+        "data": index.fingerprint,
+        "weights_fingerprint": weights.fingerprint,
+        "precision": precision,
+    }
+
+
+def _csv(history: Sequence[Mapping[str, float]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
 def _write_results(
     run: str,
     history: Sequence[dict[str, float]],
@@ -692,11 +891,7 @@ def _write_results(
     events: tensorboard.EventLog,
     restarts: Sequence[Mapping[str, Any]],
 ) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]))
-    writer.writeheader()
-    writer.writerows(history)
-    storage.write_bytes(storage.join(run, "history.csv"), text.getvalue().encode())
+    storage.write_bytes(storage.join(run, "history.csv"), _csv(history))
     # Beside the splits only where there is something to tell.
     told = {"restarts": restarts} if restarts else {}
     storage.write_json(storage.join(run, "metrics.json"), {**scores, **told})

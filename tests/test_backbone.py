@@ -145,3 +145,27 @@ def test_precision_of_a_processor(
     precision, why = backbone.choose_precision("auto", compute_capability=None)
     assert precision == expected
     assert why
+
+
+@pytest.mark.parametrize("blocks", [1, 4, "all"])
+def test_the_two_parts_together_are_the_network(
+    weights_file: str, images: np.ndarray, blocks: Any
+) -> None:
+    weights = backbone.load_weights(weights_file).convolutions
+    parts = backbone.build_parts(weights, precision="float32", blocks=blocks)
+    whole = backbone.build(weights, image_size=SIZE, precision="float32")
+    found = np.asarray(parts.trained(parts.frozen(images.astype(np.float32))))
+    assert relative_error(found, np.asarray(whole(images))) < 1e-5
+    stages = {backbone.stage_of(layer.name) for layer in parts.trained.layers if layer.weights}
+    assert stages == {1: {5}, 4: {2, 3, 4, 5}, "all": {1, 2, 3, 4, 5}}[blocks]
+    assert not parts.frozen.trainable_variables
+
+
+def test_trained_weights_are_float32_in_bfloat16(weights_file: str, images: np.ndarray) -> None:
+    weights = backbone.load_weights(weights_file).convolutions
+    parts = backbone.build_parts(weights, precision="bfloat16", blocks=1)
+    maps = parts.frozen(images.astype(np.float32))
+    assert maps.dtype == "bfloat16"
+    assert {variable.dtype for variable in parts.trained.trainable_variables} == {"float32"}
+    whole = backbone.build(weights, image_size=SIZE, precision="bfloat16")
+    assert relative_error(np.asarray(parts.trained(maps)), np.asarray(whole(images))) < 0.01

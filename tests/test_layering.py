@@ -51,8 +51,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cam": {"backbone", "classifier"},
     "gallery": {"storage", "images", "metrics", "mistakes", "shards", "cam"},
     "features": {"storage", "images", "shards", "backbone"},
+    "augment": {"features"},
+    "photographs": {"images", "local_cache", "shards"},
     "checkpoint": {"errors", "storage", "classifier"},
     "training": {"errors", "config", "classifier", "checkpoint", "features"},
+    "finetune": {
+        *("errors", "storage", "config", "backbone", "classifier", "checkpoint", "training"),
+        *("augment", "photographs"),
+    },
     "registry": {"errors", "storage"},
     "plan": {"backbone", "features", "training"},
     "bundle": {
@@ -92,6 +98,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("config", "images", "metrics", "storage", "local_cache", "shards", "backbone"),
         *("novelty", "review", "classifier", "calibration", "features", "checkpoint", "training"),
         "workers",
+    },
+    "tuning": {
+        *("config", "metrics", "storage", "shards", "backbone", "novelty", "review"),
+        *("classifier", "features", "photographs", "training", "finetune", "workers", "fitting"),
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
@@ -134,8 +144,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "calibration", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "workers", "fitting", "inference", "search"),
-        "rehearsal",
-        *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation"),
+        *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation", "finetune"),
+        *("rehearsal", "tuning"),
     },
     "promotion": {
         *("errors", "config", "storage", "terminal", "shards", "registry", "bundle", "lock"),
@@ -153,6 +163,7 @@ MAY_IMPORT_RAY = {
     "watch",
     "workers",
     "fitting",
+    "tuning",
     "ingest",
     "inference",
     "evaluation",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from leafnet import backbone, bundle
-from tests.benchmarks import decoding, forward, jobs, memory, rows, scaling
+from tests.benchmarks import decoding, forward, jobs, memory, rows, scaling, tuning
 from tests.benchmarks.rows import Bench, Row
 
 FAMILIES: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
     "e": ("two workers", scaling.rows),
     "f": ("memory", memory.rows),
     "g": ("warm run", jobs.warm_run),
+    "t": ("fine-tune step", tuning.rows),
 }
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder with train, valid, test; drawn if none")
     parser.add_argument("--weights", default="random", help="random, imagenet or an .h5 file")
-    parser.add_argument("--only", default="abcdefg", help="row families, such as a,c")
+    parser.add_argument("--only", default="abcdefgt", help="row families, such as a,c")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
     parser.add_argument("--work", type=Path, help="folder for data and runs; temporary if none")
     parser.add_argument(

@@ -1,0 +1,687 @@
+"""Fine-tuning: the last stages of the network and the head, on augmented photographs.
+
+The head was fitted on frozen features before (linear probing, then fine-tuning: Kumar et al. 2022,
+arXiv:2202.10054): a head that starts at random would pull the features out of shape. What is judged
+and published is the average of the weights over steps (EMA).
+
+The rate is relative to each variable's root mean square, as in Adafactor, and lower the further a
+stage is from the head. BatchNorm is folded into the kernels, whose scales then differ by a factor
+of 6 within a stage and 40 between stages: with one rate for all, a step of AdamW at 3e-4 was 6 % of
+some kernels and 0.1 % of others, and the first epoch ruined the features.
+
+`fine_tune` runs in every worker, as `training.fit_head` does and by the same rules: order, views
+and mixing are functions of the seed and the position, and gradients are summed over the workers
+before they are clipped, so that all take the same steps.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leafnet import augment, backbone, checkpoint
+from leafnet.augment import Augmentation
+from leafnet.classifier import Head
+from leafnet.config import FineTuneSettings
+from leafnet.errors import UserError
+from leafnet.photographs import Photographs, streamed_order
+from leafnet.training import (
+    Hooks,
+    Leaving,
+    Place,
+    balanced_weights,
+    epoch_order,
+    even_split,
+    steps_per_epoch,
+)
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+Array = NDArray[np.float32]
+Arrays = dict[str, Array]  # by name of the variable, such as conv5_block1_1_conv/kernel
+Convolutions = dict[str, tuple[Array, Array]]
+
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
+# Scale of a variable that is smaller or 0 at the start (Shazeer and Stern 2018, arXiv:1804.04235).
+_SMALLEST = 1e-3
+_VALID_BATCH = 32
+# What the frozen part makes of validation photographs is kept by a worker up to so many bytes.
+_KEPT_BYTES = 2**30
+
+
+@dataclass
+class TuneState:
+    """Everything that the rest of a fine-tuning depends on, after `epoch` whole epochs."""
+
+    epoch: int
+    step: int
+    weights: Arrays
+    first: Arrays  # moments of AdamW
+    second: Arrays
+    average: Arrays  # of the weights over steps
+    best: Arrays  # the average as it was after `best_epoch`
+    best_epoch: int  # 0: none was better than the head alone
+    best_loss: float  # on validation; at first that of the head alone
+    head_alone: dict[str, float]  # valid_loss and valid_accuracy of it
+    history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
+
+
+class TuningData(NamedTuple):
+    """What is learnt from, the same on every worker, and what the head was fitted on."""
+
+    train: Photographs
+    valid: Photographs
+    mean: Array  # [D] of the features that the head was fitted on
+    deviation: Array  # [D]
+
+
+# Called by every worker after each epoch with its row of the history, and with the state when it
+# is time to save; only rank 0 has a state to give.
+Report = Callable[[dict[str, float], TuneState | None, bool], None]
+
+
+def convolutions(arrays: Arrays) -> Convolutions:
+    """The convolutions among `arrays`."""
+    names = [name.removesuffix("/kernel") for name in arrays if name.startswith("conv")]
+    return {
+        name: (arrays[f"{name}/kernel"], arrays[f"{name}/bias"])
+        for name in names
+        if not name.endswith("/bias")
+    }
+
+
+def head(arrays: Arrays) -> Head:
+    """The head among `arrays`, on standardised features."""
+    layers = sum(name.startswith("head/") for name in arrays) // 2
+    return [(arrays[f"head/{i}/kernel"], arrays[f"head/{i}/bias"]) for i in range(layers)]
+
+
+def rate_at(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """The rate of a step: up in a straight line, then a cosine to 0 at the end.
+
+    >>> [round(rate_at(step, peak=1.0, warmup=2, total=6), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def fine_tune(
+    data: TuningData,
+    *,
+    weights: Convolutions,
+    head: Head,
+    settings: FineTuneSettings,
+    class_weights: str,
+    precision: str,
+    image_size: int,
+    num_classes: int,
+    seed: int,
+    place: Place,
+    save_every_s: float,
+    report: Report,
+    advance: Callable[[int], None],
+    hooks: Hooks | None = None,
+    state: TuneState | None = None,
+) -> TuneState:
+    """Train the last stages and the head under `tf.distribute`, from `state` when there is one.
+
+    Args:
+        data: the same on every worker.
+        weights: of the whole network, folded.
+        head: fitted, on standardised features.
+        settings: `batch_size` is the global batch.
+        class_weights: `none` or `balanced`, as the head was fitted.
+        precision: of convolutions.
+        image_size: of the photographs, and what validation and the published network look at.
+        num_classes: C.
+        seed: of order, views and mixing.
+        place: of this worker.
+        save_every_s: seconds between saved states; the last epoch is always saved.
+        report: called after each epoch.
+        advance: called with counts of examples of the global batch.
+        hooks: how it is followed, and asked to stop after an epoch.
+        state: to go on from.
+
+    Returns:
+        The state after the last epoch, on every worker.
+
+    Raises:
+        UserError: the loss is not finite, with the epoch; a batch that cannot be shared out.
+        Leaving: on every worker, after one was asked to leave and the state was saved.
+    """
+    hooks = hooks or Hooks()
+    hooks.long("building the network, which waits for the other workers")
+    examples = data.train.labels.size
+    batch = min(settings.batch_size, examples)
+    check_batch(settings, examples=examples, workers=place.workers)
+    steps = steps_per_epoch(examples, batch)
+    tuner = _Tuner(
+        data,
+        weights=weights,
+        head=head,
+        settings=settings,
+        class_weights=class_weights,
+        precision=precision,
+        image_size=image_size,
+        num_classes=num_classes,
+        seed=seed,
+        place=place,
+        batch=batch,
+        steps=steps,
+    )
+    valid = data.valid.labels.size
+    if state:
+        tuner.restore(state)
+    else:
+        state = tuner.state()
+        if valid:
+            loss, correct = tuner.sum_over_workers(np.array(tuner.validate()))
+            state.head_alone = {"valid_loss": loss / valid, "valid_accuracy": correct / valid}
+            state.best_loss = loss / valid
+    advance(state.epoch * steps * batch)
+    last_saved = time.monotonic()
+    while not finished(state, settings):
+        epoch, began = state.epoch, time.monotonic()
+        hooks.long(f"fine-tuning, epoch {epoch + 1}")
+        losses, correct, waited = tuner.train_epoch(epoch, advance)
+        trained = time.monotonic() - began
+        valid_loss, valid_correct = tuner.validate()
+        due = place.rank == 0 and time.monotonic() - last_saved >= save_every_s
+        # One sum over the workers an epoch: every worker then sees, and decides, the same.
+        sums = tuner.sum_over_workers(
+            np.array(
+                [losses.sum(), correct, valid_loss, valid_correct, due, waited, hooks.leave()],
+                np.float64,
+            )
+        )
+        loss, correct, valid_loss, valid_correct, due_sum, waited, leave_sum = sums
+        hooks.started()
+        if not np.isfinite(loss):
+            raise UserError(
+                "loss-not-finite",
+                f"the loss of fine-tuning is not finite in epoch {epoch + 1}, steps "
+                f"{epoch * steps} to {(epoch + 1) * steps - 1}; lower --fine_tune.learning_rate",
+            )
+        row = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * steps,
+            "learning_rate": tuner.rate((epoch + 1) * steps - 1),
+            "train_loss": float(loss) / steps,
+            "train_accuracy": float(correct) / (steps * batch),
+        }
+        if valid:
+            row["valid_loss"] = float(valid_loss) / valid
+            row["valid_accuracy"] = float(valid_correct) / valid
+        row["images_per_s"] = steps * batch / trained
+        row["waited"] = float(waited) / place.workers / trained
+        state.epoch, state.step = epoch + 1, (epoch + 1) * steps
+        # Without a validation split the last epoch is as good a choice as any.
+        row["best"] = float(not valid or row["valid_loss"] < state.best_loss)
+        if row["best"]:
+            state.best_epoch = epoch + 1
+            state.best_loss = row.get("valid_loss", math.inf)
+            state.best = tuner.average()
+        state.history.append(row)
+        save = due_sum > 0 or leave_sum > 0 or finished(state, settings)
+        if save:
+            tuner.put_into(state)
+            last_saved = time.monotonic()
+        report(row, state if save and place.rank == 0 else None, save)
+        if leave_sum and not finished(state, settings):
+            raise Leaving(f"after epoch {state.epoch}")
+    return state
+
+
+def check_batch(settings: FineTuneSettings, *, examples: int, workers: int) -> None:
+    """Refuse a global batch that the workers cannot share out.
+
+    Raises:
+        UserError: there are too few examples for each worker, or pairs would be cut.
+    """
+    batch, mixes = min(settings.batch_size, examples), _mixes(settings)
+    if batch < workers or (mixes and batch % (2 * workers)):
+        wanted = f"a multiple of {2 * workers}" if mixes else f"at least {workers}"
+        raise UserError(
+            "batch-too-small",
+            f"a global batch of {batch} cannot be shared out among {workers} workers"
+            + (", whose examples are mixed in pairs" if mixes else "")
+            + f"; give {wanted} with --fine_tune.batch_size",
+        )
+
+
+def _mixes(settings: FineTuneSettings) -> bool:
+    return settings.mixup > 0 or settings.cutmix > 0
+
+
+def finished(state: TuneState, settings: FineTuneSettings) -> bool:
+    """True when no epoch is left, or validation has not improved for too long."""
+    if state.epoch >= settings.epochs:
+        return True
+    waited = state.epoch - state.best_epoch
+    return settings.patience is not None and waited >= settings.patience
+
+
+def save(folder: str | Path, state: TuneState, *, identity: dict[str, Any]) -> None:
+    """Write `state` into the local `folder`, see `checkpoint.write`."""
+    groups = {
+        "weights": state.weights,
+        "first": state.first,
+        "second": state.second,
+        "average": state.average,
+    }
+    # Before the first best epoch it is what fine-tuning began from; right after one, the average.
+    if 0 < state.best_epoch < state.epoch:
+        groups["best"] = state.best
+    arrays = {
+        f"{group}/{name}": a for group, of_group in groups.items() for name, a in of_group.items()
+    }
+    values = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "best_epoch": state.best_epoch,
+        "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
+        "head_alone": state.head_alone,
+        "history": state.history,
+    }
+    checkpoint.write(folder, arrays, values, identity=identity)
+
+
+def load(folder: str | Path, initial: Arrays, *, identity: dict[str, Any]) -> TuneState:
+    """The state in `folder`, a path or URL; `initial` is what fine-tuning began from.
+
+    Raises:
+        UserError: it belongs to other settings, data or weights (the first that differs is
+            named), was written by another version, or is damaged.
+    """
+    arrays, values = checkpoint.read(folder, identity=identity)
+    groups: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = array
+    best = initial if values["best_epoch"] == 0 else groups.get("best", groups["average"])
+    return TuneState(
+        epoch=values["epoch"],
+        step=values["step"],
+        weights=groups["weights"],
+        first=groups["first"],
+        second=groups["second"],
+        average=groups["average"],
+        best=best,
+        best_epoch=values["best_epoch"],
+        best_loss=math.inf if values["best_loss"] is None else values["best_loss"],
+        head_alone=values["head_alone"],
+        history=values["history"],
+    )
+
+
+def initial_arrays(weights: Convolutions, head: Head, blocks: int | str) -> Arrays:
+    """The weights that are trained, as fine-tuning begins."""
+    first = 1 if blocks == "all" else 6 - int(blocks)
+    arrays = {}
+    for name, (kernel, bias) in weights.items():
+        if backbone.stage_of(name) >= first:
+            arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = kernel, bias
+    for i, (kernel, bias) in enumerate(head):
+        arrays[f"head/{i}/kernel"], arrays[f"head/{i}/bias"] = kernel, bias
+    return arrays
+
+
+class _Trained(NamedTuple):
+    """A variable with what its updates need."""
+
+    variable: "tf.Variable"
+    first: "tf.Variable"
+    second: "tf.Variable"
+    average: "tf.Variable"
+    share: float  # of the rate: the variable's own scale, less the further it is from the head
+    decay: float  # a step, as a share of the rate
+
+
+class _Tuner:
+    """The variables, the optimizer and the compiled steps of one worker.
+
+    Variables are plain ones of each process and not those of the strategy: it sums the gradients,
+    and every worker applies the same sum to equal numbers.
+    """
+
+    def __init__(
+        self,
+        data: TuningData,
+        *,
+        weights: Convolutions,
+        head: Head,
+        settings: FineTuneSettings,
+        class_weights: str,
+        precision: str,
+        image_size: int,
+        num_classes: int,
+        seed: int,
+        place: Place,
+        batch: int,
+        steps: int,
+    ) -> None:
+        import tensorflow as tf
+
+        self._data, self._settings, self._place = data, settings, place
+        self._seed, self._batch, self._steps = seed, batch, steps
+        self._num_classes = num_classes
+        self._start, self._stop = even_split(batch, place)
+        self._mixes = _mixes(settings)
+        if self._mixes:
+            pairs = even_split(batch // 2, place)
+            self._start, self._stop = 2 * pairs[0], 2 * pairs[1]
+        self._strategy = tf.distribute.get_strategy()
+        if place.workers > 1:
+            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        self._weights = np.ones(num_classes, np.float32)
+        if class_weights == "balanced":
+            self._weights = balanced_weights(data.train.labels, num_classes)
+        self._total = settings.epochs * steps
+        self._warmup = min(round(settings.warmup_epochs * steps), self._total - 1)
+        assert settings.blocks != 0
+        self._parts = backbone.build_parts(weights, precision=precision, blocks=settings.blocks)
+        self._how = Augmentation(
+            size=image_size if settings.crop_size == "auto" else settings.crop_size,
+            crop=settings.crop,
+            brightness=settings.brightness,
+            colour=settings.colour,
+        )
+        self._variables = self._make_variables(head)
+        self._step = self._compile()
+        self._frozen_maps, self._of_maps = self._compile_validation()
+        self._valid_maps: list[tf.Tensor] | None = None
+
+    def _make_variables(self, head: Head) -> dict[str, _Trained]:
+        import tensorflow as tf
+
+        found = {}
+        for layer in self._parts.trained.layers:
+            if layer.weights:
+                found[f"{layer.name}/kernel"] = layer.kernel.value
+                found[f"{layer.name}/bias"] = layer.bias.value
+        for i, (kernel, bias) in enumerate(head):
+            found[f"head/{i}/kernel"] = tf.Variable(kernel)
+            found[f"head/{i}/bias"] = tf.Variable(bias)
+        settings = self._settings
+        variables = {}
+        for name, variable in found.items():
+            below = 0 if name.startswith("head/") else 5 - backbone.stage_of(name)
+            share = settings.layer_decay**below
+            variables[name] = _Trained(
+                variable,
+                first=tf.Variable(tf.zeros_like(variable)),
+                second=tf.Variable(tf.zeros_like(variable)),
+                average=tf.Variable(variable.read_value()),
+                share=share * max(_root_mean_square(variable), _SMALLEST),
+                decay=0.0 if name.endswith("/bias") else share * settings.weight_decay,
+            )
+        return variables
+
+    def rate(self, step: int) -> float:
+        """The rate of the last stage and the head at `step`."""
+        return rate_at(
+            step, peak=self._settings.learning_rate, warmup=self._warmup, total=self._total
+        )
+
+    def average(self) -> Arrays:
+        """A copy of the averaged weights."""
+        return {name: one.average.numpy() for name, one in self._variables.items()}
+
+    def state(self) -> TuneState:
+        """A state at the start."""
+        average = self.average()
+        return TuneState(0, 0, average, {}, {}, average, average, 0, math.inf, {})
+
+    def put_into(self, state: TuneState) -> None:
+        """Copy the variables into `state`."""
+        for group in ("weights", "first", "second", "average"):
+            of_group = {
+                name: getattr(one, "variable" if group == "weights" else group).numpy()
+                for name, one in self._variables.items()
+            }
+            setattr(state, group, of_group)
+
+    def restore(self, state: TuneState) -> None:
+        for name, one in self._variables.items():
+            one.variable.assign(state.weights[name])
+            one.first.assign(state.first[name])
+            one.second.assign(state.second[name])
+            one.average.assign(state.average[name])
+
+    def train_epoch(
+        self, epoch: int, advance: Callable[[int], None]
+    ) -> tuple[NDArray[np.float64], float, float]:
+        """(this worker's share of each step's loss [S], correct, seconds without a batch)."""
+        import tensorflow as tf
+
+        losses, correct, waited = [], 0.0, 0.0
+        batches = _ahead(self._batches(epoch))
+        step = epoch * self._steps
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            waited += time.monotonic() - began
+            decay = min(self._settings.ema, (1 + step) / (10 + step))
+            loss, right = self._step(
+                *map(tf.constant, batch),
+                tf.constant(self.rate(step), tf.float32),
+                tf.constant(decay, tf.float32),
+                tf.constant(step + 1, tf.float32),
+            )
+            losses.append(float(loss))
+            correct += float(right)
+            step += 1
+            advance(self._batch)
+        return np.array(losses), correct, waited
+
+    def _batches(self, epoch: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """(pixels, draws, mixing, labels) of this worker's rows of each step."""
+        train, seed = self._data.train, self._seed
+        if train.shard_rows:
+            order = streamed_order(train.shard_rows, seed=seed, epoch=epoch)
+        else:
+            order = epoch_order(train.labels.size, seed=seed, epoch=epoch)
+        for step in range(self._steps):
+            rows = order[step * self._batch : (step + 1) * self._batch][self._start : self._stop]
+            pairs = np.zeros(0, np.int64)
+            if self._mixes:
+                of_step = step * (self._batch // 2)
+                pairs = np.arange(of_step + self._start // 2, of_step + self._stop // 2)
+            yield (
+                train.gather(rows),
+                augment.draw(rows, seed=seed, epoch=epoch),
+                augment.draw_mixing(
+                    pairs,
+                    seed=seed,
+                    epoch=epoch,
+                    mixup=self._settings.mixup,
+                    cutmix=self._settings.cutmix,
+                ),
+                train.labels[rows],
+            )
+
+    def validate(self) -> tuple[float, float]:
+        """(summed loss, correct) of the averaged weights over this worker's validation examples."""
+        loss, correct = 0.0, 0.0
+        start, stop = even_split(self._data.valid.labels.size, self._place)
+        with self._averaged():
+            for at, maps in zip(range(start, stop, _VALID_BATCH), self._maps(), strict=True):
+                labels = self._data.valid.labels[at : min(at + _VALID_BATCH, stop)]
+                of_batch, right = self._of_maps(maps, labels)
+                loss, correct = loss + float(of_batch), correct + float(right)
+        return loss, correct
+
+    def _maps(self) -> "Iterator[tf.Tensor]":
+        """What the frozen part makes of this worker's validation photographs, batch by batch."""
+        if self._valid_maps is not None:
+            yield from self._valid_maps
+            return
+        kept: list[tf.Tensor] = []
+        size = 0
+        start, stop = even_split(self._data.valid.labels.size, self._place)
+        for at in range(start, stop, _VALID_BATCH):
+            rows = np.arange(at, min(at + _VALID_BATCH, stop))
+            maps = self._frozen_maps(self._data.valid.gather(rows))
+            size += int(np.prod(maps.shape)) * maps.dtype.size
+            if size <= _KEPT_BYTES:
+                kept.append(maps)
+            yield maps
+        if size <= _KEPT_BYTES:
+            self._valid_maps = kept
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of those of the last step."""
+        held = []
+        for one in self._variables.values():
+            held.append(one.variable.read_value())
+            one.variable.assign(one.average)
+        try:
+            yield
+        finally:
+            for one, value in zip(self._variables.values(), held, strict=True):
+                one.variable.assign(value)
+
+    def sum_over_workers(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        import tensorflow as tf
+
+        if self._place.workers == 1:
+            return values
+        local = self._strategy.run(lambda: tf.constant(values, tf.float64))
+        return np.asarray(self._strategy.reduce(tf.distribute.ReduceOp.SUM, local, axis=None))
+
+    def _logits(self, maps: "tf.Tensor") -> "tf.Tensor":
+        import tensorflow as tf
+
+        features = self._parts.trained(maps, training=False)
+        x = (features - self._data.mean) / self._data.deviation
+        layers = sum(name.startswith("head/") for name in self._variables) // 2
+        for i in range(layers):
+            kernel = self._variables[f"head/{i}/kernel"].variable
+            x = tf.matmul(x, kernel) + self._variables[f"head/{i}/bias"].variable
+            if i < layers - 1:
+                x = tf.nn.relu(x)
+        return x
+
+    def _compile(self) -> Callable[..., tuple["tf.Tensor", "tf.Tensor"]]:
+        """The function that takes one step."""
+        import tensorflow as tf
+
+        settings, smoothing = self._settings, self._settings.label_smoothing
+        trained = list(self._variables.values())
+
+        def step_fn(
+            pixels: "tf.Tensor",
+            draws: "tf.Tensor",
+            mixing: "tf.Tensor",
+            labels: "tf.Tensor",
+            rate: "tf.Tensor",
+            decay: "tf.Tensor",
+            count: "tf.Tensor",
+        ) -> "tuple[tf.Tensor, tf.Tensor]":
+            views = augment.augment(pixels, draws, self._how)
+            targets = tf.one_hot(labels, self._num_classes)
+            if self._mixes:
+                views, targets = augment.mix(views, targets, mixing)
+            importance = tf.linalg.matvec(targets, self._weights)
+            targets = targets * (1 - smoothing) + smoothing / self._num_classes
+            maps = self._parts.frozen(views, training=False)
+            with tf.GradientTape() as tape:
+                logits = self._logits(maps)
+                losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+                # The sum over the workers follows: each divides by the global batch.
+                loss = tf.reduce_sum(losses * importance) / self._batch
+            gradients = tape.gradient(loss, [one.variable for one in trained])
+            replica = tf.distribute.get_replica_context()
+            gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            gradients, norm = tf.clip_by_global_norm(gradients, settings.clip_norm)
+            for one, gradient in zip(trained, gradients, strict=True):
+                _adamw(one, gradient, rate=rate, count=count)
+                one.average.assign_sub((1 - decay) * (one.average - one.variable))
+            right = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
+            # A relu turns NaN into 0 on CPUs: broken weights leave the loss finite and show only
+            # in the gradients.
+            return loss + 0.0 * norm, tf.reduce_sum(tf.cast(right, tf.float32))
+
+        def step(*args: "tf.Tensor") -> Any:
+            return self._strategy.run(step_fn, args=args)
+
+        return tf.function(step)  # type: ignore[no-any-return]
+
+    def _compile_validation(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        import tensorflow as tf
+
+        def frozen_maps(pixels: "tf.Tensor") -> "tf.Tensor":
+            return self._parts.frozen(tf.cast(pixels, tf.float32), training=False)
+
+        def of_maps(maps: "tf.Tensor", labels: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
+            logits = self._logits(maps)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            right = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
+            return tf.reduce_sum(losses), tf.reduce_sum(tf.cast(right, tf.float32))
+
+        return (
+            tf.function(frozen_maps, reduce_retracing=True),
+            tf.function(of_maps, reduce_retracing=True),
+        )
+
+
+def _adamw(one: _Trained, gradient: "tf.Tensor", *, rate: "tf.Tensor", count: "tf.Tensor") -> None:
+    """A step of AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), `count` from 1.
+
+    TensorFlow's own kernel of Adam reads and writes each array once.
+    """
+    import tensorflow as tf
+
+    if one.decay:
+        one.variable.assign(one.variable * (1 - rate * one.decay))
+    tf.raw_ops.ResourceApplyAdam(
+        var=one.variable.handle,
+        m=one.first.handle,
+        v=one.second.handle,
+        beta1_power=tf.pow(_BETA_1, count),
+        beta2_power=tf.pow(_BETA_2, count),
+        lr=rate * one.share,
+        beta1=_BETA_1,
+        beta2=_BETA_2,
+        epsilon=_EPSILON,
+        grad=gradient,
+    )
+
+
+def _root_mean_square(variable: "tf.Variable") -> float:
+    return float(np.sqrt(np.square(variable.numpy()).mean()))
+
+
+def _ahead(
+    batches: Iterator[tuple[NDArray[Any], ...]], depth: int = 3
+) -> Iterator[tuple[NDArray[Any], ...]]:
+    """`batches`, made by a thread while the network works on those before."""
+    ready: queue.Queue[tuple[NDArray[Any], ...] | BaseException | None] = queue.Queue(depth)
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

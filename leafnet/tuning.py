@@ -1,0 +1,262 @@
+"""Fine-tuning on Ray Train: the photographs on each node, checkpoints, and what comes back."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+import ray.train
+from numpy.typing import NDArray
+
+from leafnet import (
+    backbone,
+    finetune,
+    fitting,
+    novelty,
+    photographs,
+    storage,
+    workers,
+)
+from leafnet.classifier import Head
+from leafnet.config import SPLITS, FineTuneSettings
+from leafnet.features import DamagedParts
+from leafnet.finetune import TuneState
+from leafnet.fitting import HeadJob
+from leafnet.shards import ShardIndex
+from leafnet.training import Place
+from leafnet.workers import Post, Restart, Survival
+
+_FOLDER = "fine_tune"  # Ray Train's folder in that of the run
+_POST_S = 0.5  # between two reports of progress
+
+
+class Probe(NamedTuple):
+    """The head that was fitted on frozen features, and what standardised them."""
+
+    head: Head
+    mean: NDArray[Any]  # [D]
+    deviation: NDArray[Any]  # [D]
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """All that a worker has to know to fine-tune."""
+
+    settings: FineTuneSettings
+    class_names: tuple[str, ...]
+    class_weights: str
+    seed: int
+    save_every_s: float
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    index: ShardIndex
+    weights: Any  # reference to `backbone.Weights.convolutions`
+    probe: Any  # reference to a Probe
+    precision: str
+    image_size: int
+    threads: int  # of each worker, to decode
+
+
+class Tuned(NamedTuple):
+    """What fine-tuning came to."""
+
+    convolutions: finetune.Convolutions  # of the trained stages, by the best epoch
+    head: Head  # on standardised features
+    epoch: int
+    best_epoch: int  # 0: none was better on validation than the head alone
+    head_alone: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def fine_tune(
+    job: TuneJob,
+    *,
+    count: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpu: bool,
+    storage_path: str,
+    on_epoch: Callable[[dict[str, float]], None],
+    on_images: Callable[[int], None],
+    survival: Survival,
+) -> tuple[Tuned, list[Restart]]:
+    """Fine-tune with Ray Train, from the last checkpoint below `storage_path` if there is one.
+
+    Args:
+        job: what to train.
+        count: of workers, or the fewest and the most.
+        cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
+        gpu: a GPU for each.
+        storage_path: folder or URL of the run.
+        on_epoch: called with each row of the history.
+        on_images: called with counts of images as they are trained on.
+        survival: what is done about failures.
+
+    Returns:
+        What it came to, and why the workers were started again on the way.
+
+    Raises:
+        UserError: the loss is not finite, or a checkpoint belongs to other settings.
+    """
+    results: list[Tuned] = []
+    told = 0.0
+
+    def on_event(event: tuple[str, Any]) -> None:
+        nonlocal told
+        kind, value = event
+        if kind == "epoch":
+            if value["epoch"] > told:  # some come twice, after a restart
+                told = value["epoch"]
+                on_epoch(value)
+        elif kind == "images":
+            on_images(value)
+        else:
+            results.append(value)
+
+    restarts = workers.run(
+        _fine_tune,
+        job,
+        name=_FOLDER,
+        workers=count,
+        cpus_per_worker=cpus_per_worker,
+        gpu=gpu,
+        storage_path=storage_path,
+        on_event=on_event,
+        on_restart=results.clear,
+        survival=survival,
+    )
+    return results[-1], restarts
+
+
+def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
+    hooks = workers.hooks()
+    hooks.long("reading the photographs")
+    weights: finetune.Convolutions = ray.get(job.weights)
+    probe: Probe = ray.get(job.probe)
+    train, valid = (
+        photographs.open_split(
+            job.index.root,
+            job.index.of_split(split),
+            image_size=job.image_size,
+            threads=job.threads,
+            max_local=job.settings.local_gb * 1e9,
+            cache=job.index.cache,
+        )
+        for split in ("train", "valid")
+    )
+    advance = _Progress(post if place.rank == 0 else None)
+
+    def report(row: dict[str, float], state: TuneState | None, save: bool) -> None:
+        def write(folder: str) -> None:
+            assert state is not None
+            finetune.save(folder, state, identity=job.identity)
+
+        advance.flush()
+        if place.rank == 0:
+            post(("epoch", row))
+        if save:
+            workers.keep(write if state is not None else None, step=int(row["step"]))
+
+    state = None
+    found = ray.train.get_checkpoint()
+    if found is not None:
+        initial = finetune.initial_arrays(weights, probe.head, job.settings.blocks)
+        url = storage.join(folder_url, found.path.rstrip("/").rsplit("/", 1)[-1])
+        state = finetune.load(url, initial, identity=job.identity)
+    state = finetune.fine_tune(
+        finetune.TuningData(train, valid, probe.mean, probe.deviation),
+        weights=weights,
+        head=probe.head,
+        settings=job.settings,
+        class_weights=job.class_weights,
+        precision=job.precision,
+        image_size=job.image_size,
+        num_classes=len(job.class_names),
+        seed=job.seed,
+        place=place,
+        save_every_s=job.save_every_s,
+        report=report,
+        advance=advance,
+        hooks=hooks,
+        state=state,
+    )
+    if place.rank == 0:
+        tuned = Tuned(
+            finetune.convolutions(state.best),
+            finetune.head(state.best),
+            state.epoch,
+            state.best_epoch,
+            state.head_alone,
+            state.history,
+        )
+        ray.get(post(("result", tuned)))
+    for split in (train, valid):
+        if split.folder:
+            # What is mapped stays readable for the workers of this node that have it open.
+            shutil.rmtree(split.folder, ignore_errors=True)
+
+
+class _Progress:
+    """Counts of images to the driver, now and then."""
+
+    def __init__(self, post: Post | None) -> None:
+        self._post, self._waiting, self._last = post, 0, 0.0
+
+    def __call__(self, count: int) -> None:
+        self._waiting += count
+        if time.monotonic() - self._last >= _POST_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._post and self._waiting:
+            self._post(("images", self._waiting))
+        self._waiting, self._last = 0, time.monotonic()
+
+
+def merged(weights: backbone.Weights, tuned: Tuned) -> backbone.Weights:
+    """The whole network with the stages that were trained."""
+    convolutions = weights.convolutions | tuned.convolutions
+    return backbone.Weights(convolutions, backbone.fingerprint(convolutions), weights.source)
+
+
+class Judged(NamedTuple):
+    """A head with its temperature, and how it does on every example."""
+
+    head: Head  # on raw features
+    changes: dict[str, Any]  # the fields of `fitting.HeadResult` that another network changes
+
+
+def judge(job: HeadJob, head: Head) -> Judged:
+    """Judge `head`, on raw features, by the plain views of the cached features that `job` names.
+
+    One task on one node, which reads the features alone.
+
+    Raises:
+        features.DamagedParts: the cache has to be repaired first.
+    """
+    try:
+        judged: Judged = ray.get(ray.remote(num_cpus=0.5)(_judge).remote(job, head))
+        return judged
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DamagedParts):
+            raise error.cause from None
+        raise
+
+
+def _judge(job: HeadJob, head: Head) -> Judged:
+    local = fitting.local_features(job)
+    temperature, head = fitting.calibrated(head, local.splits["valid"])
+    distance = novelty.fit(local.splits["train"].features[:, 0])
+    changes = {
+        "tallies": {
+            split: fitting.tally_part(local.splits[split], head, Place(0, 1), len(job.class_names))
+            for split in SPLITS
+        },
+        "novelty": distance,
+        "outcomes": fitting.outcomes_of(local.splits, head, distance),
+        "temperature": temperature,
+        "answers": fitting.answers_of(local.splits, head),
+    }
+    shutil.rmtree(local.folder, ignore_errors=True)
+    return Judged(head, changes)
