@@ -56,8 +56,9 @@ def test_the_patch_that_decides_is_highlighted() -> None:
     kernel[0] = [-0.02, 0.02]
     head: Head = [(kernel, np.array([0.5, -0.5], np.float32))]
     pixels = np.full((2, 128, 128, 3), 90, np.uint8)
-    pixels[0, 32:64, 96:] = [20, 250, 20]
-    pixels[1, 96:, :32] = [20, 250, 20]
+    # Each place looks at two pixels around every 32nd.
+    pixels[0, 28:60, 92:124] = [20, 250, 20]
+    pixels[1, 92:124, :28] = [20, 250, 20]
     explain = cam.explainer(green_detector(), head, image_size=128, precision="float32")
     found = explain(pixels, np.array([1, 1]))
     assert found.shape == (2, 4, 4)
