@@ -68,6 +68,7 @@ _POLL_S = 0.25
 _LOOK_S = 2.0  # between two looks at the cluster
 _GROW_AFTER_S = 20.0  # a group is not asked to make room for more workers before
 _SETTLE_S = 3.0  # until Ray has noticed that a machine is gone, or its CPUs are free
+_SILENT_S = 3.0  # three signs that did not come
 _LEAVE_S = 20.0  # for the workers to save and leave; Kubernetes kills after 30
 _PLACE_S = 60.0  # Ray Train waits so long for room
 _STORE_S = 300.0  # one that is away or full is tried again for so long
@@ -107,6 +108,7 @@ class _End:
     killed: list[watch.Stuck] = field(default_factory=list)
     raised: list[Exception] = field(default_factory=list)  # by workers, for a person
     signs: list[Sign] = field(default_factory=list)
+    silent: list[Seen] = field(default_factory=list)  # gave no sign of life when others failed
 
 
 def run(
@@ -371,7 +373,12 @@ class _Group:
             raise
         finally:
             clear()
-        self._hear(end)
+        seen = self._hear(end)
+        if end.error is not None:
+            end.silent = [one for one in seen if one.age_s > _SILENT_S]
+            for one in end.silent:
+                # Stopped perhaps, and TensorFlow in another worker lost patience first.
+                threading.Thread(target=_kill, args=(one.sign,), daemon=True).start()
         fatal = next((error for error in end.raised if not _passes(error)), None)
         if fatal is not None:
             raise fatal
@@ -548,10 +555,21 @@ def _why(end: _End) -> str:
         died = "Ray Train's controller: " * isinstance(end.error, ray.exceptions.RayActorError)
         return died + _short(_controller_failure(end.error) or end.error)
     # Those that died before those that only lost them.
-    told = {rank: error for rank, error in failures.items() if _died(error)} or failures
+    told = {rank: error for rank, error in failures.items() if _died(error)}
+    if not told and end.silent:
+        return "; ".join(
+            f"{sign} gave no sign of life for {age_s:.0f} s, last: {sign.doing}"
+            for sign, age_s in end.silent
+        )
+    told = told or dict(failures)
     return "; ".join(
         f"{doing.get(rank, f'worker {rank}')}: {_short(error)}" for rank, error in told.items()
     )
+
+
+def _kill(sign: Sign) -> None:
+    with suppress(ray.exceptions.RayError):
+        watch.kill(sign)
 
 
 def _died(error: Exception) -> bool:
