@@ -98,7 +98,7 @@ def test_a_run_leaves_all_that_it_should(
     assert sum(description["reference"]["confidence"]["counts"]) == 9
     page = check((folder / "report.html").read_bytes())
     assert "The backbone has random weights: this is a check of the pipeline" in page.text
-    assert len(page.all("img")) == 24  # samples of each class
+    assert len(page.all("img")) >= len(items)
     facts = json.loads((folder / "run.json").read_text())
     assert facts["images_per_second"]["features"] > 0
     assert facts["command"] in page.text
