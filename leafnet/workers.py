@@ -360,9 +360,12 @@ class _Group:
                 trainer[0].fit()
             except BaseException as error:
                 end.error = error
+            finally:
+                over.set()
 
-        thread = threading.Thread(target=fit, name="Ray Train", daemon=True)
-        thread.start()
+        # Not `Thread.join`: interrupted, it takes the thread for one that has ended (Python 3.11).
+        over = threading.Event()
+        threading.Thread(target=fit, name="Ray Train", daemon=True).start()
 
         def abort() -> None:
             if trainer and trainer[0].controller is not None:
@@ -375,9 +378,9 @@ class _Group:
                 _free_place(trainer[0].controller)
 
         try:
-            self._follow(thread, end, abort)
+            self._follow(over, end, abort)
         except KeyboardInterrupt:
-            self._wind_down(thread, end)
+            self._wind_down(over, end)
             raise
         finally:
             clear()
@@ -392,13 +395,12 @@ class _Group:
             raise fatal
         return end
 
-    def _follow(self, thread: threading.Thread, end: _End, abort: Callable[[], None]) -> None:
+    def _follow(self, over: threading.Event, end: _End, abort: Callable[[], None]) -> None:
         """Hear the workers, and end what does not end by itself, until Ray Train is done."""
         began = looked = time.monotonic()
         raised_at: float | None = None
         more_room = 0
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        while not over.wait(_POLL_S):
             now = time.monotonic()
             seen = self._hear(end)
             if seen and self._failed_at is not None and any(one.sign.started for one in seen):
@@ -476,14 +478,12 @@ class _Group:
             return 0
         return min(most - self._count, _room(self._cpus, self._gpu))
 
-    def _wind_down(self, thread: threading.Thread, end: _End) -> None:
+    def _wind_down(self, over: threading.Event, end: _End) -> None:
         """Let the workers of a job that is told to end save their state."""
         if not end.signs:
             return
         self._ask(end, "the job was told to end")
-        deadline = time.monotonic() + _LEAVE_S
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(_POLL_S)
+        over.wait(_LEAVE_S)
 
 
 def read_restarts(folder: str) -> list[Restart]:
