@@ -8,6 +8,7 @@ workers away in the middle of a step where it grows or shrinks a group.
 
 import json
 import os
+import random
 import re
 import socket
 import tempfile
@@ -68,6 +69,10 @@ _POLL_S = 0.25
 _LOOK_S = 2.0  # between two looks at the cluster
 _GROW_AFTER_S = 20.0  # a group is not asked to make room for more workers before
 _SETTLE_S = 3.0  # until Ray has noticed that a machine is gone, or its CPUs are free
+# Between the ports of Ray's workers and those that systems give to connections.
+_PORTS = range(20_000, 32_000)
+_PORT_TAKEN = ("Could not start gRPC server", "Address already in use")
+_PORT_TRIES = 5
 _SILENT_S = 3.0  # three signs that did not come
 _LEAVE_S = 20.0  # for the workers to save and leave; Kubernetes kills after 30
 _PLACE_S = 60.0  # Ray Train waits so long for room
@@ -192,6 +197,7 @@ class _Group:
         self._attempt = 0
         self._count = 0
         self._failed_at: float | None = None
+        self._ports = 0  # times that another process took a port first
         self._had = False  # a whole checkpoint was there
         self.restarts = read_restarts(self._folder)
 
@@ -203,6 +209,8 @@ class _Group:
             found = self._choose_checkpoint() or "the beginning"
             if ended is not None:
                 planned = ended.asked is not None or _is_no_failure(ended.error)
+                if _port_was_taken(ended.error) and self._ports < _PORT_TRIES:
+                    self._ports, planned = self._ports + 1, True
                 # Only failures without progress count: a night on machines that come and go has
                 # many of them.
                 failures = (0 if found != before else failures) + (not planned)
@@ -352,9 +360,12 @@ class _Group:
                 trainer[0].fit()
             except BaseException as error:
                 end.error = error
+            finally:
+                over.set()
 
-        thread = threading.Thread(target=fit, name="Ray Train", daemon=True)
-        thread.start()
+        # Not `Thread.join`: interrupted, it takes the thread for one that has ended (Python 3.11).
+        over = threading.Event()
+        threading.Thread(target=fit, name="Ray Train", daemon=True).start()
 
         def abort() -> None:
             if trainer and trainer[0].controller is not None:
@@ -367,15 +378,15 @@ class _Group:
                 _free_place(trainer[0].controller)
 
         try:
-            self._follow(thread, end, abort)
+            self._follow(over, end, abort)
         except KeyboardInterrupt:
-            self._wind_down(thread, end)
+            self._wind_down(over, end)
             raise
         finally:
             clear()
         seen = self._hear(end)
         if end.error is not None:
-            end.silent = [one for one in seen if one.age_s > _SILENT_S]
+            end.silent = [one for one in seen if one.sign.started and one.age_s > _SILENT_S]
             for one in end.silent:
                 # Stopped perhaps, and TensorFlow in another worker lost patience first.
                 threading.Thread(target=_kill, args=(one.sign,), daemon=True).start()
@@ -384,13 +395,12 @@ class _Group:
             raise fatal
         return end
 
-    def _follow(self, thread: threading.Thread, end: _End, abort: Callable[[], None]) -> None:
+    def _follow(self, over: threading.Event, end: _End, abort: Callable[[], None]) -> None:
         """Hear the workers, and end what does not end by itself, until Ray Train is done."""
         began = looked = time.monotonic()
         raised_at: float | None = None
         more_room = 0
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        while not over.wait(_POLL_S):
             now = time.monotonic()
             seen = self._hear(end)
             if seen and self._failed_at is not None and any(one.sign.started for one in seen):
@@ -468,14 +478,12 @@ class _Group:
             return 0
         return min(most - self._count, _room(self._cpus, self._gpu))
 
-    def _wind_down(self, thread: threading.Thread, end: _End) -> None:
+    def _wind_down(self, over: threading.Event, end: _End) -> None:
         """Let the workers of a job that is told to end save their state."""
         if not end.signs:
             return
         self._ask(end, "the job was told to end")
-        deadline = time.monotonic() + _LEAVE_S
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(_POLL_S)
+        over.wait(_LEAVE_S)
 
 
 def read_restarts(folder: str) -> list[Restart]:
@@ -609,6 +617,11 @@ def _is_no_failure(error: BaseException | None) -> bool:
     return waits or isinstance(error, ray.train.PreemptionError)
 
 
+def _port_was_taken(error: BaseException | None) -> bool:
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    return any(text in str(one) for one in failures.values() for text in _PORT_TAKEN)
+
+
 class _Trainer(DataParallelTrainer):
     """Ray Train's, whose controller can be ended.
 
@@ -669,10 +682,18 @@ class _TensorflowBackend(Backend):
 
 
 def _free_address() -> str:
-    with socket.socket(socket.AF_INET6 if ":" in _node_ip() else socket.AF_INET) as listener:
-        listener.bind(("", 0))
-        host = f"[{_node_ip()}]" if ":" in _node_ip() else _node_ip()
-        return f"{host}:{listener.getsockname()[1]}"
+    """An address of this machine that TensorFlow can listen on when it is imported, seconds later.
+
+    Not a port that the system gives: it gives the same ones to every connection out of here.
+    """
+    ip = _node_ip()
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    port = 0
+    for port in random.Random(os.urandom(8)).sample(_PORTS, 100):
+        with socket.socket(family) as listener, suppress(OSError):
+            listener.bind(("", port))
+            break
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def _node_ip() -> str:
