@@ -11,7 +11,7 @@ from leafnet.training import steps_per_epoch
 _VIEW_BYTES = FEATURES * 2 + 3 * 4
 # Of a part beside its views: Parquet's pages and footer.
 _PART_BYTES = 3_000
-# Seen here: a process that fits a head, the one that drives the job, and Ray's own together.
+# Round figures: a process that fits a head, the one that drives the job, Ray's own together.
 _TENSORFLOW_BYTES, _DRIVER_BYTES, _RAY_BYTES = 900_000_000, 500_000_000, 600_000_000
 # Row groups of decoded photographs that are between the stages for each actor.
 _GROUPS_BETWEEN = 4

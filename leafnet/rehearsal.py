@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from leafnet import backbone, cluster, features, machine, plan, shards, storage, terminal
@@ -187,6 +188,12 @@ def _look(root: str, sample: tuple[Shard, ...], stores: tuple[str, ...]) -> Mach
                 "shards-not-shared",
                 f"{storage.join(root, shard.name)} is not on the machine {found.host}; give "
                 "--shards as a URL or on a shared disk",
+            ) from None
+        except pa.ArrowException as error:
+            raise UserError(
+                "shard-changed",
+                f"{storage.join(root, shard.name)} is not the file that was prepared ({error}); "
+                "prepare the data set again",
             ) from None
         if rows != shard.rows:
             raise UserError(
