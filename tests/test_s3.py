@@ -302,7 +302,7 @@ def test_mistakes_end_a_job_in_one_line_before_a_machine_is_taken(
         storage.write_bytes(f"{bucket}/images/{label}/a.jpg", leaf_jpeg(label, seed=1))
     allow(bucket, "arn:aws:iam:::user/reader", "GetObject", "ListBucket")
     places = {"SHARDS": index.root, "OUT": f"{bucket}/out", "IMAGES": f"{bucket}/images"}
-    places |= {"MODEL": random_model, "LOCAL": str(tmp_path / "out")}
+    places |= {"MODEL": random_model}
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         # One try waits as long as a job waits for all: this is not a test of patience.
         silence = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -315,7 +315,8 @@ def test_mistakes_end_a_job_in_one_line_before_a_machine_is_taken(
         }
         began = time.monotonic()
         started = {}
-        for given, mistake in MISTAKES:
+        for i, (given, mistake) in enumerate(MISTAKES):
+            places["LOCAL"] = str(tmp_path / f"out{i}")  # only one job may have it
             filled = re.sub("[A-Z]{3,}", lambda match: places[match[0]], given)
             job, *words = filled.split()
             started[given, mistake] = subprocess.Popen(
@@ -335,4 +336,4 @@ def test_mistakes_end_a_job_in_one_line_before_a_machine_is_taken(
             assert "device" not in said
         # Each ends within a minute; here all are at work at once.
         assert time.monotonic() - began < 120
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.rglob("*.parquet")) == []
