@@ -207,7 +207,7 @@ def test_killed_and_started_again_equals_never_killed(data_set: ShardIndex, tmp_
     )
     deadline = time.monotonic() + 200
     counted = killed / "a/head/checkpoint_manager_snapshot.json"
-    while not counted.exists() or "checkpoint_20" not in counted.read_text():
+    while not counted.exists() or "checkpoint_0" not in counted.read_text():
         assert process.poll() is None, "it ended before there was a checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.02)
