@@ -130,7 +130,7 @@ def test_all_jobs_on_s3_through_harm_and_kills_equal_local_disk(
 
     def has_checkpoint() -> bool:
         url = f"{root}/runs/a/head/checkpoint_manager_snapshot.json"
-        return storage.exists(url) and b"checkpoint_2" in storage.read_bytes(url)
+        return storage.exists(url) and b"checkpoint_0" in storage.read_bytes(url)
 
     def staged() -> list[str]:
         found = [file.url for file in storage.list_files(f"{root}/predictions/_staging")]
