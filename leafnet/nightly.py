@@ -177,7 +177,7 @@ def _work(
     with cluster.session(settings.ray):
         opened_s = time.monotonic() - began_session
         facts |= _score(settings, model, photographs, missing, staging, held, seconds)
-        seconds["start"] += opened_s
+        seconds["start"] = seconds.get("start", 0.0) + opened_s
         summary = _publish(settings, model, staging, held, facts, seconds, began)
         values = telemetry.of_night(summary, max_failed=settings.max_failed)
         telemetry.tell(values, out=settings.out)

@@ -254,6 +254,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
     stderr = os.dup(2)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    start = os.fstat(log).st_size
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -266,7 +267,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     ours.setLevel(logging.INFO)
     ours.propagate = False
     over = threading.Event()
-    tail = threading.Thread(target=_tail, args=(path, stderr, over), daemon=True)
+    tail = threading.Thread(target=_tail, args=(path, start, stderr, over), daemon=True)
     if _verbose:
         tail.start()
     try:
@@ -290,14 +291,14 @@ def chatter_to(path: Path) -> Iterator[None]:
         terminal.close()
 
 
-def _tail(path: Path, stderr: int, over: threading.Event) -> None:
-    """Copy what is added to the file `path` to `stderr`, but for what was said already.
+def _tail(path: Path, start: int, stderr: int, over: threading.Event) -> None:
+    """Copy the file `path` from its byte `start` to `stderr`, but for what was said already.
 
     From the file, and not through a pipe, in which the last words of a process that is killed
     would be lost.
     """
     with open(path, "rb") as log:
-        log.seek(0, os.SEEK_END)
+        log.seek(start)
         rest = b""
         while True:
             last = over.is_set()
