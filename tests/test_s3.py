@@ -194,7 +194,11 @@ def test_all_jobs_on_s3_through_harm_and_kills_equal_local_disk(
     for url, prediction in zip(photographs, expected, strict=True):
         assert frame.label[url] == prediction.label
         assert frame.confidence[url] == pytest.approx(prediction.confidence, abs=1e-3)
-    assert set(storage.list_names(f"{root}/predictions")) == {"_runs", "date=2026-11-24"}
+    assert set(storage.list_names(f"{root}/predictions")) == {
+        "_reports",
+        "_runs",
+        "date=2026-11-24",
+    }
     of_shards = pd.read_parquet(tmp_path / "predictions")
     assert of_shards.image.nunique() == len(of_shards) == 36
 
