@@ -351,7 +351,8 @@ def test_submitted_to_a_cluster_with_a_token(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on where it stopped" in done.stdout
     assert "epoch  1/40" not in done.stdout
-    assert "epoch 40/40" in done.stdout
+    # It may have been stopped after its last epoch, and then has none to tell any more.
+    assert len((tmp_path / "a/history.csv").read_text().splitlines()) == 1 + 40
     scores = json.loads((tmp_path / "a/metrics.json").read_text())
     assert scores["train"]["examples"] == data_set.examples("train")
 
