@@ -72,14 +72,17 @@ def stuck(seen: Iterable[Seen], *, hang_timeout_s: float) -> list[Stuck]:
         max((one.sign.longest_start_s for one in seen), default=0.0),
         3 * max((one.sign.longest_s for one in seen), default=0.0),
     )
+    # Steps are taken together: where one worker has taken the first, so has one that fell silent
+    # before it could tell.
+    if not any(one.sign.started for one in seen):
+        limit = max(limit, _START_S)
     silent, nowhere = [], []
     for sign, age_s in seen:
-        own = limit if sign.started else max(limit, _START_S)
-        if age_s > own:
+        if age_s > limit:
             silent.append(
                 Stuck(sign, f"{sign} gave no sign of life for {age_s:.0f} s, last: {sign.doing}")
             )
-        elif sign.watched and sign.idle_s + age_s > own + _LATER_S:
+        elif sign.watched and sign.idle_s + age_s > limit + _LATER_S:
             nowhere.append(
                 Stuck(sign, f"{sign} got nowhere for {sign.idle_s + age_s:.0f} s: {sign.doing}")
             )

@@ -59,3 +59,8 @@ def test_a_start_may_take_long_and_what_is_not_watched_any_time() -> None:
     assert len(why(seen(0, idle_s=310, started=False))) == 1
     assert why(seen(0, idle_s=1e6, watched=False)) == []
     assert len(why(seen(0, age_s=11, watched=False))) == 1
+
+
+def test_one_that_fell_silent_before_it_told_that_it_has_started() -> None:
+    told = why(seen(0, age_s=11, started=False), seen(1, idle_s=10.5))
+    assert [line[:8] for line in told] == ["worker 0"]
