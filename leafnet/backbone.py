@@ -7,9 +7,11 @@ TensorFlow; Keras is imported where the network is built.
 import contextlib
 import hashlib
 import os
+import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
@@ -20,6 +22,8 @@ from leafnet.errors import UserError
 
 if TYPE_CHECKING:
     import keras
+
+Batch = TypeVar("Batch")
 
 FEATURES = 2048
 # Residual blocks of each stage; the stem before them is stage 1.
@@ -369,6 +373,25 @@ def _layers(x: "keras.KerasTensor", precision: str, stages: range) -> "keras.Ker
             x = conv(relu(conv(x, f"{name}_2")), f"{name}_3")
             x = relu(keras.layers.Add(dtype=precision)([shortcut, x]))
     return x
+
+
+def ahead(batches: Iterator[Batch], *, depth: int = 2) -> Iterator[Batch]:
+    """`batches`, made by a thread, `depth` of them, while the network works on those before."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 def limit_threads(threads: int, *, gpu: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet import metrics
+from leafnet import metrics, resampling
 
 Logits = NDArray[np.float32]  # [N, C]
 Labels = NDArray[np.int64]  # [N]
@@ -67,11 +67,8 @@ def accuracy_difference(
 ) -> Interval:
     """Accuracy of the candidate less that of the champion, with a paired bootstrap interval.
 
-    Both are asked about the same examples, so what counts are those that one has right and the
-    other wrong. To draw N examples with replacement is to draw the numbers of the three kinds from
-    a multinomial distribution, which is what is done (percentile interval: Efron and Tibshirani
-    1993, chapter 13). It takes the examples as independent: photographs of the same plant make the
-    true uncertainty larger.
+    In points; see `resampling.compare`. It takes the examples as independent: photographs of the
+    same plant make the true uncertainty larger.
 
     Args:
         candidate: [N], N >= 1, whether it has the example right.
@@ -83,13 +80,9 @@ def accuracy_difference(
     >>> accuracy_difference(right, right, resamples=100, seed=0)
     Interval(difference=0.0, low=0.0, high=0.0)
     """
-    count = len(candidate)
-    gained, lost = int((candidate & ~champion).sum()), int((champion & ~candidate).sum())
-    shares = np.array([gained, lost, count - gained - lost]) / count
-    drawn = np.random.default_rng(seed).multinomial(count, shares, size=resamples)
-    points = 100 * (drawn[:, 0] - drawn[:, 1]) / count
-    low, high = np.quantile(points, [0.025, 0.975])
-    return Interval(100 * (gained - lost) / count, float(low), float(high))
+    found = resampling.compare(candidate, champion, seed=seed, resamples=resamples)
+    low, high = found.interval
+    return Interval(100 * found.difference, 100 * low, 100 * high)
 
 
 def compare(

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
@@ -819,6 +819,20 @@ def to_yaml(settings: Settings) -> str:
     """`settings`, complete with defaults, as YAML that `--config` reads."""
     document = settings.model_dump(mode="json")
     return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as they are stored, nested, by their dotted names.
+
+    >>> flat({"seed": 0, "head": {"units": [512]}})
+    {'seed': 0, 'head.units': [512]}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
 
 
 def leaves(settings_class: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

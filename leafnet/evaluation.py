@@ -291,7 +291,7 @@ def _run_on(
         say(f"written   {settings.out}")
     elif settings.out:
         first = splits[0]
-        items = make_items(
+        items = inference.make_gallery(
             index,
             first,
             gallery.choose(made.splits[first].logits, made.splits[first].labels),
@@ -403,33 +403,6 @@ def groups_of(index: ShardIndex, keys: Sequence[str]) -> NDArray[np.int64] | Non
     return groups
 
 
-def make_items(
-    index: ShardIndex,
-    split: str,
-    chosen: Sequence[gallery.Choice],
-    *,
-    convolutions: Any,
-    head: Head,
-    image_size: int,
-    precision: str,
-    machines: Machines,
-    explain: bool,
-) -> list[gallery.Item]:
-    """The gallery, with activation maps if `explain`; see `inference.make_gallery`."""
-    if not explain:
-        return gallery.make(index, split, chosen, image_size=image_size, explain=None)
-    return inference.make_gallery(
-        index,
-        split,
-        chosen,
-        convolutions=convolutions,
-        head=head,
-        image_size=image_size,
-        precision=precision,
-        machines=machines,
-    )
-
-
 def _sees_something(model: Bundle) -> bool:
     """False of random weights, whose maps would say nothing."""
     return bool(model.description.get("backbone", {}).get("source") != "random")
@@ -491,7 +464,7 @@ def after_training(
     scores = document["splits"][first]
     scores["background"] = _probe(index, first, scores["accuracy"])
     say_background(scores["background"], always=False)
-    items = make_items(
+    items = inference.make_gallery(
         index,
         first,
         gallery.choose(*answers[first]),

@@ -15,8 +15,6 @@ before they are clipped, so that all take the same steps.
 """
 
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -466,7 +464,7 @@ class _Tuner:
         import tensorflow as tf
 
         losses, correct, waited = [], 0.0, 0.0
-        batches = _ahead(self._batches(epoch))
+        batches = backbone.ahead(self._batches(epoch), depth=3)
         step = epoch * self._steps
         while True:
             began = time.monotonic()
@@ -664,24 +662,3 @@ def _adamw(one: _Trained, gradient: "tf.Tensor", *, rate: "tf.Tensor", count: "t
 
 def _root_mean_square(variable: "tf.Variable") -> float:
     return float(np.sqrt(np.square(variable.numpy()).mean()))
-
-
-def _ahead(
-    batches: Iterator[tuple[NDArray[Any], ...]], depth: int = 3
-) -> Iterator[tuple[NDArray[Any], ...]]:
-    """`batches`, made by a thread while the network works on those before."""
-    ready: queue.Queue[tuple[NDArray[Any], ...] | BaseException | None] = queue.Queue(depth)
-
-    def make() -> None:
-        try:
-            for batch in batches:
-                ready.put(batch)
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
-
-    threading.Thread(target=make, daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item

@@ -23,7 +23,6 @@ from leafnet import (
     novelty,
     review,
     shards,
-    storage,
     training,
     workers,
 )
@@ -123,15 +122,12 @@ def fit_head(
     """
     tallies: list[dict[str, Tally]] = []
     results: list[HeadResult] = []
-    told = 0.0
+    on_row = workers.each_once(on_epoch)
 
     def on_event(event: tuple[str, Any]) -> None:
-        nonlocal told
         kind, value = event
         if kind == "epoch":
-            if value["epoch"] > told:  # some come twice, after a restart
-                told = value["epoch"]
-                on_epoch(value)
+            on_row(value)
         elif kind == "tallies":
             tallies.append(value)
         else:
@@ -195,9 +191,8 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
         workers.keep(write if state is not None else None, step=state.step if state else 0)
 
     state = None
-    found = ray.train.get_checkpoint()
-    if found is not None:
-        url = storage.join(folder_url, found.path.rstrip("/").rsplit("/", 1)[-1])
+    url = workers.newest_checkpoint(folder_url)
+    if url is not None:
         state = checkpoint.load(url, identity=job.identity)
     state = training.fit_head(
         training.TrainingData(gather, train.labels, splits["valid"], mean, deviation),

@@ -6,8 +6,6 @@ them is a row group of decoded pixels, so that no group is ever cut in two on it
 
 import itertools
 import pickle
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ from leafnet import (
     shards,
     tta,
 )
-from leafnet.backbone import limit_threads
+from leafnet.backbone import ahead, limit_threads
 from leafnet.classifier import Head, head_logits
 from leafnet.cluster import Board, Machines
 from leafnet.features import Part, Pixels
@@ -180,8 +178,9 @@ def make_gallery(
     image_size: int,
     precision: str,
     machines: Machines,
+    explain: bool,
 ) -> list[gallery.Item]:
-    """`gallery.make` with activation maps, by one task where the network may run.
+    """`gallery.make`; with activation maps by one task where the network may run.
 
     Args:
         index: of the data set.
@@ -192,7 +191,10 @@ def make_gallery(
         image_size: pixels.
         precision: of the backbone, `float32` or `bfloat16`.
         machines: what there is to run on.
+        explain: make activation maps.
     """
+    if not explain:
+        return gallery.make(index, split, chosen, image_size=image_size, explain=None)
     gpus = 1 if machines.gpus else 0
     task = ray.remote(num_cpus=machines.cpus_per_actor, num_gpus=gpus)(_make_gallery)
     made: list[gallery.Item] = ray.get(
@@ -410,7 +412,7 @@ class _Extractor:
             views = range(part.first, part.stop)
             out = np.empty((len(keys) * len(views), backbone.FEATURES), np.float16)
             done = 0
-            for stack in _ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size)):
+            for stack in ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size)):
                 rows = min(len(out) - done, len(stack))
                 out[done : done + rows] = self._network.predict_on_batch(stack)[:rows]
                 done += rows
@@ -437,25 +439,6 @@ def _view_batches(
                 pixels[example], key=keys[example], number=views[view], seed=seed
             )
         yield stack
-
-
-def _ahead(batches: Iterator[Pixels], depth: int = 2) -> Iterator[Pixels]:
-    """`batches`, drawn by a thread while the network works on the one before."""
-    ready: queue.Queue[Pixels | BaseException | None] = queue.Queue(depth)
-
-    def draw() -> None:
-        try:
-            for batch in batches:
-                ready.put(batch)
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
-
-    threading.Thread(target=draw, daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
 
 
 class _Predictor:

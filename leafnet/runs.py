@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -61,6 +61,9 @@ _PLACEMENT = (
     *("max_failures", "hang_timeout"),
     *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
+
+
+Made = TypeVar("Made")
 
 
 class _Features(NamedTuple):
@@ -119,7 +122,10 @@ def train(settings: TrainSettings) -> None:
             storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
             with (
                 tracking.follow(
-                    settings.mlflow, run, name=settings.name, parameters=_flat(settings)
+                    settings.mlflow,
+                    run,
+                    name=settings.name,
+                    parameters=config.flat(settings.model_dump(mode="json")),
                 ) as tracker,
                 cluster.session(settings.ray) as found,
                 terminal.sigterm_interrupts(),
@@ -163,10 +169,14 @@ def _train_on(
 
     survival = Survival(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep)
     reference = ray.put(weights.convolutions)
-    for attempt in range(3):
+
+    def compute() -> _Features:
         began_stage = time.monotonic()
         computed = _features(settings, index, weights, reference, precision, batch_size, machines)
         seconds["features"] = seconds.get("features", 0.0) + time.monotonic() - began_stage
+        return computed
+
+    def fit(computed: _Features) -> tuple[_Features, fitting.HeadJob, fitting.HeadResult]:
         began_stage = time.monotonic()
         job = _head_job(
             settings,
@@ -177,25 +187,20 @@ def _train_on(
             precision=precision,
             batch_size=batch_size,
         )
-        try:
-            job = _search(job, settings, index, nodes, run, seconds)
-            result = _fit_head(
-                job,
-                run,
-                workers=workers,
-                cpus=cpus,
-                gpu=machines.gpus > 0,
-                watchers=(events.epoch, tracker.epoch),
-                survival=survival,
-            )
-            break
-        except features.DamagedParts as error:
-            if attempt == 2:
-                raise
-            say(f"{error}; computing them again")
-            for name in error.names:
-                storage.delete(storage.join(computed.root, name))
-    seconds["head"] = time.monotonic() - began_stage - seconds.get("search", 0.0)
+        job = _search(job, settings, index, nodes, run, seconds)
+        result = _fit_head(
+            job,
+            run,
+            workers=workers,
+            cpus=cpus,
+            gpu=machines.gpus > 0,
+            watchers=(events.epoch, tracker.epoch),
+            survival=survival,
+        )
+        seconds["head"] = time.monotonic() - began_stage - seconds.get("search", 0.0)
+        return computed, job, result
+
+    computed, job, result = _on_whole_features(compute, fit)
 
     # What is published is described by the settings that were found, if there was a search.
     settings = settings.model_copy(update={"head": job.head})
@@ -304,7 +309,7 @@ def _train_on(
         result.state.history,
         scores,
         tags={"model_id": model_id, "model": storage.join(run, "model")},
-        parameters=_flat(settings),
+        parameters=config.flat(settings.model_dump(mode="json")),
     )
     _say_results(run, scores, model_id, seconds["total"], result.state)
     say(f"report    {told}")
@@ -475,28 +480,10 @@ def _quantize(
     return made.int8, chosen, told_of
 
 
-def _flat(settings: TrainSettings) -> dict[str, Any]:
-    """Every setting: dotted name -> value."""
-    values = settings.model_dump(mode="json")
-
-    def value(name: str) -> Any:
-        found: Any = values
-        for part in name.split("."):
-            found = found[part]
-        return found
-
-    return {name: value(name) for name, _ in config.leaves(TrainSettings)}
-
-
-def _decisive(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change the result, flat: dotted name -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _decisive(value, f"{prefix}{name}.")
-        elif not f"{prefix}{name}".startswith(_PLACEMENT):
-            flat[prefix + name] = value
-    return flat
+    flat = config.flat(settings)
+    return {name: value for name, value in flat.items() if not name.startswith(_PLACEMENT)}
 
 
 def _check_same_settings(run: str, settings: TrainSettings) -> bool:
@@ -568,6 +555,21 @@ def _say_plan(
             f"fine-tune {stages}, {tuned.epochs} epochs of {steps_per_epoch(examples, batch)} "
             f"steps; global batch {batch}"
         )
+
+
+def _on_whole_features(compute: Callable[[], _Features], use: Callable[[_Features], Made]) -> Made:
+    """`use` of the features of `compute`; parts that turn out damaged are computed again."""
+    for last in (False, False, True):
+        computed = compute()
+        try:
+            return use(computed)
+        except features.DamagedParts as error:
+            if last:
+                raise
+            say(f"{error}; computing them again")
+            for name in error.names:
+                storage.delete(storage.join(computed.root, name))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _features(
@@ -811,8 +813,8 @@ def _fine_tune(
     mean, deviation = before.result.mean, before.result.deviation
     head = fold_standardisation(made.head, mean=mean, deviation=deviation)
     plain = settings.model_copy(update={"views": 1})
-    for attempt in range(3):
-        computed = _features(plain, index, weights, reference, precision, batch_size, machines)
+
+    def judge(computed: _Features) -> tuning.Judged:
         judged = _head_job(
             plain,
             index,
@@ -822,14 +824,11 @@ def _fine_tune(
             precision=precision,
             batch_size=batch_size,
         )
-        try:
-            found = tuning.judge(judged, head)
-            break
-        except features.DamagedParts as error:
-            if attempt == 2:
-                raise
-            for name in error.names:
-                storage.delete(storage.join(computed.root, name))
+        return tuning.judge(judged, head)
+
+    found = _on_whole_features(
+        lambda: _features(plain, index, weights, reference, precision, batch_size, machines), judge
+    )
     result = replace(before.result, **found.changes)
     seconds["fine_tuned_features"] = time.monotonic() - began
     return _Network(weights, reference, found.head, result), told

@@ -17,7 +17,6 @@ from leafnet import (
     fitting,
     novelty,
     photographs,
-    storage,
     workers,
 )
 from leafnet.classifier import Head
@@ -100,15 +99,12 @@ def fine_tune(
         UserError: the loss is not finite, or a checkpoint belongs to other settings.
     """
     results: list[Tuned] = []
-    told = 0.0
+    on_row = workers.each_once(on_epoch)
 
     def on_event(event: tuple[str, Any]) -> None:
-        nonlocal told
         kind, value = event
         if kind == "epoch":
-            if value["epoch"] > told:  # some come twice, after a restart
-                told = value["epoch"]
-                on_epoch(value)
+            on_row(value)
         elif kind == "images":
             on_images(value)
         else:
@@ -159,10 +155,9 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
             workers.keep(write if state is not None else None, step=int(row["step"]))
 
     state = None
-    found = ray.train.get_checkpoint()
-    if found is not None:
+    url = workers.newest_checkpoint(folder_url)
+    if url is not None:
         initial = finetune.initial_arrays(weights, probe.head, job.settings.blocks)
-        url = storage.join(folder_url, found.path.rstrip("/").rsplit("/", 1)[-1])
         state = finetune.load(url, initial, identity=job.identity)
     state = finetune.fine_tune(
         finetune.TuningData(train, valid, probe.mean, probe.deviation),

@@ -486,6 +486,19 @@ class _Group:
         over.wait(_LEAVE_S)
 
 
+def each_once(on_epoch: Callable[[dict[str, float]], None]) -> Callable[[dict[str, float]], None]:
+    """`on_epoch` for rows of a history of which some come twice, after a restart."""
+    told = 0.0
+
+    def on_row(row: dict[str, float]) -> None:
+        nonlocal told
+        if row["epoch"] > told:
+            told = row["epoch"]
+            on_epoch(row)
+
+    return on_row
+
+
 def read_restarts(folder: str) -> list[Restart]:
     """The restarts of a stage of a run, whose checkpoints are in `folder`."""
     try:
@@ -726,6 +739,14 @@ def hooks() -> Hooks:
     assert _here is not None, "only in a worker of `run`"
     teller = _here.teller
     return Hooks(teller.doing, teller.long, teller.started, teller.leave)
+
+
+def newest_checkpoint(folder_url: str) -> str | None:
+    """The URL of the checkpoint to go on from, in the folder that the loop was called with."""
+    found = ray.train.get_checkpoint()
+    if found is None:
+        return None
+    return storage.join(folder_url, found.path.rstrip("/").rsplit("/", 1)[-1])
 
 
 def uploaded() -> bool:

@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"errors", "storage", "shards", "sources"},
     "ledger": {"errors", "storage", "scoring"},
     "lock": {"errors", "storage"},
-    "comparison": {"metrics"},
+    "comparison": {"metrics", "resampling"},
     "export": {
         *("errors", "config", "storage", "terminal", "images", "metrics", "demo", "shards"),
         *("classifier", "openvino_graph", "onnx_graph", "bundle"),

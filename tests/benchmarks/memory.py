@@ -1,13 +1,10 @@
 """(f) Peak memory of jobs/train.py on the images and on ten times as many."""
 
-import os
 import shutil
 import threading
-from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
-from tests.benchmarks.rows import Bench, Row, train, write_copy
+from tests.benchmarks.rows import Bench, Row, process_tree, pss_mib, train, write_copy
 
 TIMES, INTERVAL_S = 10, 0.25
 FLAGS = ("--image_size", "64", "--views", "1", "--head.epochs", "2")
@@ -35,7 +32,7 @@ def _peak(bench: Bench, name: str) -> tuple[float, float]:
 
     def watch(pid: int) -> None:
         while not over.wait(INTERVAL_S):
-            memory = {process: _pss(process) for process in _tree(pid)}
+            memory = {process: pss_mib(process) for process in process_tree(pid)}
             peak[0] = max(peak[0], memory.get(pid, 0.0))
             peak[1] = max(peak[1], sum(memory.values()))
 
@@ -51,27 +48,3 @@ def _peak(bench: Bench, name: str) -> tuple[float, float]:
         over.set()
         watcher[0].join()
     return peak[0], peak[1]
-
-
-def _tree(root: int) -> list[int]:
-    """`root` and all processes below it."""
-    children = defaultdict(list)
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                stat = Path(f"/proc/{name}/stat").read_text()
-            except OSError:  # it has ended
-                continue
-            children[int(stat.rsplit(")", 1)[1].split()[1])].append(int(name))
-    found = [root]
-    for process in found:
-        found += children[process]
-    return found
-
-
-def _pss(process: int) -> float:
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,3 +165,28 @@ def write_copy(source: Path, root: Path, *, times: int = 1, row_group: int = 256
         },
         prepared={},
     )
+
+
+def process_tree(root: int) -> list[int]:
+    """`root` and all processes below it."""
+    children = defaultdict(list)
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = Path(f"/proc/{name}/stat").read_text()
+            except OSError:  # it has ended
+                continue
+            children[int(stat.rsplit(")", 1)[1].split()[1])].append(int(name))
+    found = [root]
+    for process in found:
+        found += children[process]
+    return found
+
+
+def pss_mib(process: int) -> float:
+    """Its memory, with pages that others share (the object store) counted by parts."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

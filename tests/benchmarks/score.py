@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from PIL import Image
 
 from leafnet import backbone, bundle, demo, engine, openvino_graph
 from leafnet.classifier import head_logits, initial_head
+from tests.benchmarks.rows import process_tree, pss_mib
 
 JOB = Path(__file__).parents[2] / "jobs" / "score.py"
 BATCH = 32
@@ -142,7 +142,7 @@ def job(out: Path, images: Path, model: str, *flags: str) -> tuple[dict[str, Any
     def watch() -> None:
         nonlocal peak
         while not over.wait(2):
-            peak = max(peak, sum(map(proportional_mib, descendants(process.pid))))
+            peak = max(peak, sum(map(pss_mib, process_tree(process.pid))))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -153,30 +153,6 @@ def job(out: Path, images: Path, model: str, *flags: str) -> tuple[dict[str, Any
         raise SystemExit(f"jobs/score.py ended with code {code}")
     (path,) = (out / "_runs").glob("*.json")
     return json.loads(path.read_text()), peak
-
-
-def descendants(pid: int) -> list[int]:
-    children = defaultdict(list)
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # gone meanwhile
-            continue
-        children[parent].append(int(path.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        found.append(todo.pop())
-        todo += children[found[-1]]
-    return found
-
-
-def proportional_mib(pid: int) -> float:
-    """Its memory, with pages that others share (the object store) counted by parts."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
 
 
 def part(name: str, *arguments: str | Path) -> dict[str, Any]:
