@@ -7,7 +7,7 @@ the shards are gone.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from leafnet import charts, pages, plots, shards, storage, thumbnails
+from leafnet import charts, config, pages, plots, shards, storage, thumbnails
 from leafnet.config import SPLITS
 from leafnet.errors import UserError
 from leafnet.gallery import Item
@@ -97,7 +97,7 @@ def _stored(run: str) -> dict[str, Any]:
     try:
         return {
             "run": storage.read_json(storage.join(run, "run.json")),
-            "metrics": storage.read_json(storage.join(run, "metrics.json")),
+            "metrics": _of_splits(storage.read_json(storage.join(run, "metrics.json"))),
             "model": storage.read_json(storage.join(run, "model", "model.json")),
             "history": _history(storage.read_bytes(storage.join(run, "history.csv"))),
             "settings": yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))),
@@ -107,6 +107,11 @@ def _stored(run: str) -> dict[str, Any]:
             "unfinished-run",
             f"{run} is no finished run ({error}); train it with jobs/train.py",
         ) from None
+
+
+def _of_splits(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of the splits, without what else there may be to tell of a run."""
+    return {split: metrics[split] for split in metrics if split in SPLITS}
 
 
 def _history(data: bytes) -> list[dict[str, float]]:
@@ -150,7 +155,9 @@ def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
     """
     wanted = max(1, min(_SAMPLES, _MAX_SAMPLES // len(index.class_names)))
     found: dict[int, list[Item]] = {i: [] for i in range(len(index.class_names))}
-    for number, table in enumerate(_first_groups(index, split)):
+    for number, table in enumerate(
+        shards.unchecked_groups(index, split, ["key", "image", "label"])
+    ):
         for row in table.to_pylist():
             of_class = found[row["label"]]
             if len(of_class) < wanted:
@@ -163,15 +170,6 @@ def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
         if number + 1 == _MAX_GROUPS or all(len(items) == wanted for items in found.values()):
             break
     return [item for items in found.values() for item in items]
-
-
-def _first_groups(index: ShardIndex, split: str) -> Iterator[pa.Table]:
-    """Row groups of `split` with nothing but what samples need, each read by itself."""
-    for shard in index.of_split(split):
-        with storage.open_file(storage.join(index.root, shard.name)) as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                yield parquet.read_row_group(group, columns=["key", "image", "label"])
 
 
 def thumbnail(image: bytes) -> bytes:
@@ -221,7 +219,9 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
         "colour": colour,
         "data": _data(model),
         "stages": _stages(facts),
-        "settings": [(name, _shown(value)) for name, value in _flat(stored["settings"])],
+        "settings": [
+            (name, _shown(value)) for name, value in config.flat(stored["settings"]).items()
+        ],
         "fingerprints": {
             "model": model["model_id"],
             "weights file": model["weights"]["sha256"],
@@ -425,14 +425,6 @@ def _stages(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         for stage, value in seconds.items()
         if stage not in _STAGES
     ]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _shown(value: Any) -> str:

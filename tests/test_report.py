@@ -161,3 +161,13 @@ def test_samples_are_thumbnails_of_each_class(data_set: ShardIndex) -> None:
 def _keys(index: ShardIndex, shard: shards.Shard) -> list[str]:
     found: list[str] = shards.read_columns(index.root, shard, ["key"])["key"].to_pylist()
     return found
+
+
+def test_a_run_that_was_started_again_has_its_report(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    report.write(str(run))
+    first = (run / "report.html").read_bytes()
+    restart = {"at": "2026-11-24T20:00:00+00:00", "why": "worker 1 died", "counted": True}
+    (run / "metrics.json").write_text(json.dumps({**metrics, "restarts": [restart]}))
+    report.write(str(run))
+    assert (run / "report.html").read_bytes() == first
