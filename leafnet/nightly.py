@@ -7,7 +7,6 @@ what it wrote is complete, and the next start goes on from there.
 """
 
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from leafnet import (
     lock,
     night_report,
     openvino_graph,
+    pages,
     scoring,
     storage,
     telemetry,
@@ -656,7 +656,7 @@ def _publish(
     }
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
     staging.delete()
-    report = _report(settings.out, staging.date)
+    report = pages.place_of(lambda: night_report.write(settings.out, staging.date))
     _say_summary(summary, settings.out, report)
     told = ("run_id", "published", "status", "labels", "reasons", "listed", "already_done")
     terminal.result(**{name: summary[name] for name in told}, report=report)
@@ -669,16 +669,6 @@ def _validated(model: Bundle, *, int8: bool) -> Summary:
     return {name: of[name] for name in ("review", "reference") if name in of}
 
 
-def _report(out: str, date: str) -> str:
-    """Write the night's report; where it is, or why it is not."""
-    try:
-        return night_report.write(out, date)
-    # The night is published, and a report can be written again.
-    except Exception as error:
-        traceback.print_exc()
-        return f"not written ({type(error).__name__}: {error}); see python jobs/report.py --help"
-
-
 def _finish(staging: Staging, out: str) -> Summary:
     """What is left to do for a night that was killed just after it was published."""
     summary = staging.read_summary()
@@ -687,7 +677,8 @@ def _finish(staging: Staging, out: str) -> Summary:
     if not storage.exists(url):
         storage.write_json(url, summary)
     staging.delete()
-    say(f"report    {_report(out, staging.date)}")
+    report = pages.place_of(lambda: night_report.write(out, staging.date))
+    say(f"report    {report}")
     return summary
 
 

@@ -3,6 +3,8 @@
 import base64
 import functools
 import re
+import traceback
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,18 @@ def render(template: str, **values: Any) -> bytes:
     page = _environment().get_template(template).render(**values)
     # A lone surrogate, of a file's name that is no UTF-8, has no bytes.
     return page.encode("utf-8", "backslashreplace")
+
+
+def place_of(write: Callable[[], str]) -> str:
+    """Where the report is that `write` writes, or why it is not written.
+
+    What it tells of is published before, and a report can be written again.
+    """
+    try:
+        return write()
+    except Exception as error:
+        traceback.print_exc()
+        return f"not written ({type(error).__name__}: {error}); see python jobs/report.py --help"
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,11 +28,11 @@ from leafnet import (
     features,
     finetune,
     fitting,
-    gallery,
     inference,
     lock,
     metrics,
     openvino_graph,
+    pages,
     plots,
     rehearsal,
     report,
@@ -304,7 +303,8 @@ def _train_on(
         | ({"fine_tune": tuned} if tuned else {}),
     )
     # Its samples of each class are of the training split, which is what was learnt from.
-    told = _report(run, [item for item in items if item.kind != "sample"])
+    shown = [item for item in items if item.kind != "sample"]
+    told = pages.place_of(lambda: report.write(run, shown))
     tracker.results(
         result.state.history,
         scores,
@@ -319,16 +319,6 @@ def _train_on(
         model_id=model_id,
         metrics=evaluation.figures(scores),
     )
-
-
-def _report(run: str, items: Sequence[gallery.Item]) -> str:
-    """Write the run's report; where it is, or why it is not."""
-    try:
-        return report.write(run, items)
-    # The model is published, and a report can be written again.
-    except Exception as error:
-        traceback.print_exc()
-        return f"not written ({type(error).__name__}: {error}); see python jobs/report.py --help"
 
 
 def _check_data(index: ShardIndex) -> None:

@@ -144,7 +144,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "metrics", "storage", "terminal", "plots", "shards", "backbone"),
         *("openvino_graph", "review", "classifier", "calibration", "features", "checkpoint"),
         *("training", "bundle", "lock", "cluster", "workers", "fitting", "inference", "search"),
-        *("drift", "gallery", "report", "tensorboard", "tracking", "evaluation", "finetune"),
+        *(
+            "drift",
+            "gallery",
+            "pages",
+            "report",
+            "tensorboard",
+            "tracking",
+            "evaluation",
+            "finetune",
+        ),
         *("rehearsal", "tuning"),
     },
     "promotion": {
@@ -154,7 +163,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "bundle", "tta"),
         *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster", "telemetry"),
-        *("thumbnails", "night_report"),
+        *("thumbnails", "pages", "night_report"),
     },
 }
 
