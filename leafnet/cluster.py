@@ -351,7 +351,7 @@ def workers_for(
     if span is not None:
         if gpus:
             return span, max(1.0, float(int(total / gpus)))
-        return span, min(node.cpus for node in nodes if node.cpus)
+        return span, float(min(node.cpus for node in nodes if node.cpus))
     count = (gpus or 1) if workers == "auto" else int(workers)
     if gpus and count > gpus:
         raise UserError(
