@@ -8,13 +8,17 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test test-faults lint docs docs-check bench clean s3-server browser
+.PHONY: demo test test-slow test-faults lint docs docs-check bench clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: $(READY) s3-server browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not faults"
+
+# Jobs from end to end, killed, submitted and on S3: as long again.
+test-slow: $(READY) s3-server browser
+	$(BIN)/python -m pytest -m "slow and not faults" tests
 
 # Kills workers, machines and drivers at random times for ten minutes.
 test-faults: $(READY)

@@ -25,7 +25,7 @@ from leafnet.training import Place, TrainingData
 from tests.fault_processes import Job, LocalCluster, alive, flat, local_cluster
 from tests.made_features import head_jobs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 SHORT = {"epochs": 40, "save_every_steps": 2}  # of three steps each
 LONG = {"epochs": 150, "save_every_steps": 2}
