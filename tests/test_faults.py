@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -377,13 +378,10 @@ def test_a_full_disk_and_a_store_that_is_away(cache: Any, tmp_path: Path) -> Non
             job = started(cluster, tmp_path / "job", of, storage=str(disk))
             try:
                 began = time.monotonic()
-                with open(disk / "filler", "wb") as filler:
-                    try:
-                        while True:
-                            filler.write(b"x" * 4096)
-                            filler.flush()
-                    except OSError:
-                        pass
+                # Without a buffer, which would be written, and fail, once more at the end.
+                with open(disk / "filler", "wb", buffering=0) as filler, suppress(OSError):
+                    while True:
+                        filler.write(b"x" * 4096)
                 job.wait(lambda: job.said("No space left") > 0, "the full disk")
                 epochs = job.said("epoch ")
                 job.wait(lambda: job.said("epoch ") > epochs, "training beside the full disk")
