@@ -7,8 +7,6 @@ examples, C classes.
 """
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 from numpy.typing import NDArray
 
 from leafnet.classifier import Head
@@ -36,6 +34,10 @@ def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.integer]) ->
     >>> fit_temperature(np.float32([[4, 0]] * 3 + [[0, 4]]), np.array([0, 0, 0, 0])) > 2
     True
     """
+    # Half a second of the start of every job that may need it.
+    import scipy.optimize
+    import scipy.special
+
     if not len(labels):
         raise ValueError("no examples to fit a temperature on")
     rows = np.arange(0, len(labels), -(-len(labels) // _SAMPLE))

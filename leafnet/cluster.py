@@ -227,6 +227,33 @@ def machines(nodes: list[Node], gpu: bool | Literal["auto"]) -> Machines:
     return Machines(0, actors, threads, 0.75 * threads)
 
 
+@contextmanager
+def bounded_store(stack_bytes: int, *, actors: int, decoders: int) -> Iterator[None]:
+    """Let Ray Data hold no more stacks of pixels than keep all busy, and each stack by itself.
+
+    By default it fills half the object store (15 % of the memory) with decoded photographs, and
+    gathers blocks of 128 MB before it hands them on. What is made of datasets in the block is bound
+    by this, also when it is run later.
+
+    Args:
+        stack_bytes: of the pixels that are handed on at once.
+        actors: that take them.
+        decoders: tasks that make them at the same time.
+    """
+    context = ray.data.DataContext.get_current()
+    options = context.execution_options
+    before = context.target_max_block_size, options.resource_limits
+    context.target_max_block_size = max(1, stack_bytes // 2)
+    half = ray.cluster_resources().get("object_store_memory", 0.0) / 2
+    options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=min(half, stack_bytes * (4 * actors + 3 * decoders))
+    )
+    try:
+        yield
+    finally:
+        context.target_max_block_size, options.resource_limits = before
+
+
 def device(gpus: int) -> str:
     """What the network runs on, for people."""
     return f"{gpus} GPU" if gpus else "CPU"

@@ -21,6 +21,7 @@ from leafnet import (
     background,
     bundle,
     cam,
+    cluster,
     engine,
     features,
     gallery,
@@ -338,25 +339,31 @@ def _over_shards(
             groups = None if wanted is None else wanted[name]
             yield from _decoded_groups(index, by_name[name], groups, image_size)
 
-    return (
-        ray.data.from_arrow(items)
-        .map_batches(decode_shard, batch_size=1, num_cpus=_DECODE_CPUS)
-        .map_batches(
-            actor,
-            batch_size=1,
-            fn_constructor_args=(*actor_args, machines.threads_per_actor, machines.gpus > 0),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=machines.actors,
-                initial_size=_useful(machines, wanted_shards),
-                # A row group takes seconds: one that waits is enough, and more would sit with one
-                # actor while another has nothing to do.
-                max_tasks_in_flight_per_actor=2,
-            ),
-            num_cpus=machines.cpus_per_actor,
-            num_gpus=1 if machines.gpus else 0,
+    largest = max(max(shard.row_groups) for shard in wanted_shards)
+    # A task for each part of a CPU that the actors leave.
+    decoders = max(1, machines.actors * machines.threads_per_actor * (4 if machines.gpus else 1))
+    with cluster.bounded_store(
+        largest * image_size**2 * 3, actors=machines.actors, decoders=decoders
+    ):
+        return (
+            ray.data.from_arrow(items)
+            .map_batches(decode_shard, batch_size=1, num_cpus=_DECODE_CPUS)
+            .map_batches(
+                actor,
+                batch_size=1,
+                fn_constructor_args=(*actor_args, machines.threads_per_actor, machines.gpus > 0),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1,
+                    max_size=machines.actors,
+                    initial_size=_useful(machines, wanted_shards),
+                    # A row group takes seconds: one that waits is enough, and more would sit with
+                    # one actor while another has nothing to do.
+                    max_tasks_in_flight_per_actor=2,
+                ),
+                num_cpus=machines.cpus_per_actor,
+                num_gpus=1 if machines.gpus else 0,
+            )
         )
-    )
 
 
 def _useful(machines: Machines, wanted_shards: Sequence[Shard]) -> int:

@@ -9,7 +9,6 @@ what it wrote is complete, and the next start goes on from there.
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -424,7 +423,7 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
     """The photographs of `chosen` through decoder and network, a stack at a time, as they come."""
     stack_bytes = job.stack * job.image_size**2 * 3
     decode: Callable[..., Any] = _decode
-    with _bounded_store(stack_bytes, stacks=4 * pool.actors + 3 * pool.decoders):
+    with cluster.bounded_store(stack_bytes, actors=pool.actors, decoders=pool.decoders):
         results = (
             ray.data.from_arrow(_spans(chosen, job.stack, pool.decoders))
             .map_batches(
@@ -459,24 +458,6 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
                     engine=row["engine"],
                     precision=row["precision"],
                 )
-
-
-@contextmanager
-def _bounded_store(stack_bytes: int, *, stacks: int) -> Iterator[None]:
-    """Let Ray Data hold no more than so many stacks between the stages, and each by itself.
-
-    By default it fills half the object store (15 % of the memory) with decoded photographs, and
-    gathers blocks of 128 MB before it hands them on.
-    """
-    context = ray.data.DataContext.get_current()
-    options = context.execution_options
-    before = context.target_max_block_size, options.resource_limits
-    context.target_max_block_size = max(1, stack_bytes // 2)
-    options.resource_limits = ray.data.ExecutionResources(object_store_memory=stack_bytes * stacks)
-    try:
-        yield
-    finally:
-        context.target_max_block_size, options.resource_limits = before
 
 
 def _spans(chosen: pa.Table, stack: int, decoders: int) -> list[pa.Table]:

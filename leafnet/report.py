@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from leafnet import charts, config, pages, plots, shards, storage, thumbnails
+from leafnet import charts, config, pages, shards, storage, thumbnails
 from leafnet.config import SPLITS
 from leafnet.errors import UserError
 from leafnet.gallery import Item
@@ -289,6 +289,8 @@ def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> d
     """Rows of cells, or a picture of them where there are very many classes."""
     confusion = scores["confusion"]
     if len(names) > _MAX_MATRIX:
+        from leafnet import plots  # matplotlib, which takes half a second to import
+
         return {"png": plots.confusion_png(confusion, names, title=f"{split} split")}
     rows = []
     for i, name in enumerate(names):

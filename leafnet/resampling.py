@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
-import scipy.stats
 from numpy.typing import NDArray
 
 from leafnet import calibration
@@ -141,6 +140,9 @@ def mcnemar(only_ours: int, only_theirs: int) -> float:
     >>> mcnemar(0, 0), mcnemar(5, 0), mcnemar(9, 1)  # 2 / 2^5, and 2 (1 + 10) / 2^10
     (1.0, 0.0625, 0.021484375)
     """
+    # Half a second of the start of every job that may need it.
+    import scipy.stats
+
     decided = only_ours + only_theirs
     if not decided:
         return 1.0

@@ -33,7 +33,6 @@ from leafnet import (
     metrics,
     openvino_graph,
     pages,
-    plots,
     rehearsal,
     report,
     review,
@@ -880,6 +879,8 @@ def _write_results(
     events: tensorboard.EventLog,
     restarts: Sequence[Mapping[str, Any]],
 ) -> None:
+    from leafnet import plots  # matplotlib, which takes half a second to import
+
     storage.write_bytes(storage.join(run, "history.csv"), _csv(history))
     # Beside the splits only where there is something to tell.
     told = {"restarts": restarts} if restarts else {}

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.score                         # 5,000 drawn photographs, 256 pixels
     python -m tests.benchmarks.score --images DIR --model runs/potato/model
-    python -m tests.benchmarks.score --photographs 300 --megapixels 12
+    python -m tests.benchmarks.score --photographs 300 --megapixels 12 --names 4
     python -m tests.benchmarks.score --memory 2000,20000     # MiB of the whole process tree
 
 Every part runs in a process of its own, one after the other: leave the machine alone meanwhile.
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--photographs", type=int, default=5000)
     parser.add_argument("--megapixels", type=float, help="enlarge them, with a sensor's noise")
+    parser.add_argument("--names", type=int, default=1, help="of each of the enlarged ones")
     parser.add_argument("--work", type=Path, help="keeps the photographs; temporary if none")
     parser.add_argument("--memory", help="counts of photographs, with commas between them")
     parser.add_argument("--part", choices=["bare", "stock", "full"], help=argparse.SUPPRESS)
@@ -63,18 +64,26 @@ def main() -> None:
             if given.memory:
                 memory(Path(folder), [int(count) for count in given.memory.split(",")])
             else:
-                images = photographs(work, given.images, given.photographs, given.megapixels)
+                images = photographs(
+                    work, given.images, given.photographs, given.megapixels, given.names
+                )
                 speed(Path(folder), images, given.model, compare=given.megapixels is not None)
 
 
-def photographs(work: Path, given: Path | None, count: int, megapixels: float | None) -> Path:
+def photographs(
+    work: Path, given: Path | None, count: int, megapixels: float | None, names: int
+) -> Path:
     """The folder below `work` with what is scored, made if it is not there."""
-    images = work / f"images-{count}-{megapixels or 'small'}"
+    images = work / f"images-{count}-{megapixels or 'small'}-{names}"
     if images.exists():
         return images
     partial = work / "partial"
     if megapixels:
         enlarge(given, partial, count, megapixels)
+        # Enough of a night for its steady state, without a day of enlarging.
+        for i, path in enumerate(sorted(partial.iterdir())):
+            for more in range(1, names):
+                os.link(path, partial / f"photo_{i + more * count:06d}.jpg")
     elif given:
         repeat(given, partial, count)
     else:
