@@ -580,7 +580,7 @@ def _distributions(
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.1f}"
 
 
 def _map(night: Night, ordered: Sequence[_Label]) -> dict[str, Any] | None:
@@ -641,7 +641,7 @@ def _sheet(
                 "key": colour[row["label"]],
                 "confidence": row["confidence"],
                 "second": _second(row),
-                "novelty": row["novelty"] if slugs[0] == "unlike-training" else None,
+                "novelty": _short(row["novelty"]) if slugs[0] == "unlike-training" else None,
                 "both": len(slugs) > 1,
                 "jpeg": pictures.get(thumbnails.COLUMN),
                 "explained": pictures.get(thumbnails.EXPLAINED),
@@ -670,7 +670,7 @@ def _limit(slug: str, limits: dict[str, float]) -> str:
     'confidence under 75.5\\xa0%'
     """
     if slug == "unlike-training" and "novelty" in limits:
-        return f"novelty over {limits['novelty']:.4g}"
+        return f"novelty over {_short(limits['novelty'])}"
     if slug == "low-confidence" and limits.get("confidence", 2.0) <= 1:
         return f"confidence under {pages.percent(limits['confidence'])}"
     return ""

@@ -144,7 +144,7 @@ def write_night(
             "reference": drift.reference(valid),
         },
         "started_at": f"{date}T02:00:00+00:00",
-        "settings": {"images": images, "max_failed": 5.0},
+        "settings": {"images": images, "max_failed": 5.0, "ray": {"address": None}},
         "versions": {"leafnet": "0.1.0"},
         "seconds": {"total": 12.5},
     }
