@@ -270,15 +270,20 @@ def stacked(
 
 
 def spark(values: Sequence[float | None]) -> Markup:
-    """A row of small bars, the last one in colour; None: there was no night. Not for reading."""
+    """A row of small bars, the last one in colour; None: there was no night. Not for reading.
+
+    It begins with the first night there was, below the figures that stand above it.
+    """
     top = max((value for value in values if value is not None), default=0.0) or 1.0
     step = 120 / max(len(values), 1)
+    first = next((place for place, value in enumerate(values) if value is not None), 0)
     bars = ["", ""]
     for place, value in enumerate(values):
         if value is None:
             continue
         height = max(26 * value / top, 1.0)
-        shape = f"M{place * step + 0.5:.1f} 28v-{height:.1f}h{step - 1:.1f}v{height:.1f}Z"
+        left = (place - first) * step + 0.5
+        shape = f"M{left:.1f} 28v-{height:.1f}h{step - 1:.1f}v{height:.1f}Z"
         bars[place == len(values) - 1] += shape
     return Markup(
         '<svg class="spark" viewBox="0 0 120 28" preserveAspectRatio="none" aria-hidden="true">'

@@ -544,6 +544,11 @@ class ScoreSettings(Settings):
         description="test-time augmentation: mean over so many views, the flips (4) and quarter "
         "turns too (8); takes so many times as long [views]",
     )
+    explain: bool = Field(
+        False,
+        description="class activation maps beside the photographs for review in the night's "
+        "report, 500 at most; half a minute at the end of the night for so many, on two cores",
+    )
     gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
     workers: Count = Field(
         "auto", description="processes that hold the network; auto: from the cluster's CPUs or GPUs"

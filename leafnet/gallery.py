@@ -169,24 +169,6 @@ def thumbnails(photograph: bytes, class_map: Array | None) -> tuple[bytes, bytes
     return _jpeg(small), None if class_map is None else _jpeg(cam.overlay(small, class_map))
 
 
-def explained(
-    explain: Explain, pixels: Pixels, classes: NDArray[np.int64], sizes: NDArray[np.integer]
-) -> list[bytes]:
-    """A thumbnail under its activation map of each of some photographs that are decoded already.
-
-    Args:
-        explain: such as `cam.explainer`.
-        pixels: [B, S, S, 3], for the network.
-        classes: [B], whose maps are wanted: what is predicted.
-        sizes: [B, 2], width and height of the originals in pixels.
-    """
-    maps = explain(pixels, classes) if len(pixels) else ()
-    return [
-        _jpeg(cam.overlay(_unstretched(square, int(width), int(height)), class_map))
-        for square, class_map, (width, height) in zip(pixels, maps, sizes, strict=True)
-    ]
-
-
 def _unstretched(square: Pixels, width: int, height: int) -> Pixels:
     """The `square` [S, S, 3] of a photograph of `width` x `height`, in its shape, small."""
     scale = THUMBNAIL / max(width, height)

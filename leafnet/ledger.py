@@ -219,15 +219,19 @@ class Staging:
 
     def add(self, rows: pa.Table) -> None:
         """Keep finished rows."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(rows, sink, compression="zstd")
         name = f"part-{self.next_part:06d}"
-        storage.write_bytes(storage.join(self.root, name), sink.getvalue().to_pybytes())
+        self.keep_aside(name, rows)
         self.kept.append(name)
         self.next_part += 1
 
+    def keep_aside(self, name: str, rows: pa.Table) -> None:
+        """Keep a table under `name`, which is none of a part: it is not of the night's rows."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd")
+        storage.write_bytes(storage.join(self.root, name), sink.getvalue().to_pybytes())
+
     def read(self, name: str) -> pa.Table:
-        """The rows of a part."""
+        """The rows of a part, or of what was kept aside."""
         return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.root, name))))
 
     def keep_summary(self, summary: dict[str, Any]) -> None:

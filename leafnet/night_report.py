@@ -81,25 +81,52 @@ def url(out: str, date: str) -> str:
     return storage.join(out, REPORTS, f"{date}.html")
 
 
-def keep_thumbnails(staging: Staging, out: str) -> None:
-    """Keep the thumbnails of a run that is published, for its report; at most `thumbnails.LIMIT`.
+def shown(staging: Staging) -> pa.Table | None:
+    """The rows of a run that its report shows, at most `thumbnails.LIMIT`; None: nothing to see.
 
-    The same again, after a kill, writes the same file.
+    They have thumbnails, and what the network saw where it was kept.
     """
     found: list[pa.Table] = []
     for name in staging.kept:
         part = staging.read(name)
         if thumbnails.COLUMN in part.column_names:
-            part = part.filter(pc.is_valid(part[thumbnails.COLUMN]))
-            found.append(part.select([*_RANKED, thumbnails.COLUMN]))
-    if not found or not any(part.num_rows for part in found):
+            found.append(part.filter(pc.is_valid(part[thumbnails.COLUMN])))
+        # A long night has many parts, with 40 kB of each photograph where maps are wanted.
+        if sum(map(len, found)) > 4 * thumbnails.LIMIT:
+            found = [_first(found)]
+    return _first(found) if any(map(len, found)) else None
+
+
+def _first(parts: Sequence[pa.Table]) -> pa.Table:
+    # Parts of a start that was told to keep less, or more, have other columns.
+    table = pa.concat_tables(parts, promote_options="default")
+    return table.take(pa.array(thumbnails.wanted(table)))
+
+
+def keep_thumbnails(staging: Staging, out: str) -> None:
+    """Keep the thumbnails of a run that is published, for its report; at most `thumbnails.LIMIT`.
+
+    The same again, after a kill, writes the same file.
+    """
+    table = shown(staging)
+    if table is None:
         return
-    table = pa.concat_tables(found)
-    table = table.take(pa.array(thumbnails.wanted(table)))
+    table = _with_explained(table.select([*_RANKED, thumbnails.COLUMN]), staging)
     sink = pa.BufferOutputStream()
     # Photographs are compressed already.
     pq.write_table(table, sink, compression="none")
     storage.write_bytes(_thumbnails_url(out, staging.run_id), sink.getvalue().to_pybytes())
+
+
+def _with_explained(table: pa.Table, staging: Staging) -> pa.Table:
+    """`table` with the thumbnails that were explained, if any was."""
+    try:
+        found = staging.read(thumbnails.EXPLAINED)
+    except FileNotFoundError:
+        return table
+    places = ledger.places(ledger.keys(found), table)
+    column = found[thumbnails.EXPLAINED].take(pa.array(places, mask=places < 0))
+    return table.append_column(thumbnails.EXPLAINED, column)
 
 
 def _thumbnails_url(out: str, run_id: str) -> str:
@@ -553,7 +580,7 @@ def _distributions(
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.1f}"
 
 
 def _map(night: Night, ordered: Sequence[_Label]) -> dict[str, Any] | None:
@@ -592,18 +619,19 @@ def _sheet(
     limits: dict[str, float],
 ) -> dict[str, Any]:
     """The photographs for review, those that a person should see first, by why."""
-    small: dict[tuple[str, str | None], bytes] = {}
+    small: dict[tuple[str, str | None], dict[str, bytes]] = {}
     for file in tonight:
         try:
             data = storage.read_bytes(_thumbnails_url(out, file.run_id))
         except FileNotFoundError:  # nothing was for review
             continue
         for row in thumbnails.of(pq.read_table(pa.BufferReader(data))):
-            small[row["image"], row["version"]] = row[thumbnails.COLUMN]
+            small[row["image"], row["version"]] = row
     colour = {label.name: charts.key_mark(label.group, label.colour) for label in ordered}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in night.waiting.to_pylist() if night.waiting is not None else []:
         slugs = _slugs(row["reason"])
+        pictures = small.get((row["image"], row["version"]), {})
         groups.setdefault(slugs[0], []).append(
             {
                 "name": row["image"].rsplit("/", 1)[-1],
@@ -613,9 +641,10 @@ def _sheet(
                 "key": colour[row["label"]],
                 "confidence": row["confidence"],
                 "second": _second(row),
-                "novelty": row["novelty"] if slugs[0] == "unlike-training" else None,
+                "novelty": _short(row["novelty"]) if slugs[0] == "unlike-training" else None,
                 "both": len(slugs) > 1,
-                "jpeg": small.get((row["image"], row["version"])),
+                "jpeg": pictures.get(thumbnails.COLUMN),
+                "explained": pictures.get(thumbnails.EXPLAINED),
             }
         )
     return {
@@ -628,6 +657,7 @@ def _sheet(
             }
             for slug, cards in sorted(groups.items(), key=lambda item: item[0] != "unlike-training")
         ],
+        "maps": any(card["explained"] for cards in groups.values() for card in cards),
         "shown": sum(map(len, groups.values())),
         "left_out": night.status["review"] - sum(map(len, groups.values())),
     }
@@ -640,7 +670,7 @@ def _limit(slug: str, limits: dict[str, float]) -> str:
     'confidence under 75.5\\xa0%'
     """
     if slug == "unlike-training" and "novelty" in limits:
-        return f"novelty over {limits['novelty']:.4g}"
+        return f"novelty over {_short(limits['novelty'])}"
     if slug == "low-confidence" and limits.get("confidence", 2.0) <= 1:
         return f"confidence under {pages.percent(limits['confidence'])}"
     return ""

@@ -7,6 +7,7 @@ what it wrote is complete, and the next start goes on from there.
 """
 
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import ray.exceptions
 from numpy.typing import NDArray
 
 from leafnet import (
@@ -26,6 +28,7 @@ from leafnet import (
     bundle,
     cluster,
     engine,
+    explanations,
     ledger,
     listing,
     lock,
@@ -213,6 +216,7 @@ class _Job:
     start: str  # of this process, unlike any other
     class_names: tuple[str, ...]
     views: int  # of test-time augmentation
+    explain: bool = False  # photographs for review, once the night is over
 
 
 class _Result(NamedTuple):
@@ -259,6 +263,7 @@ def _score(
             start=uuid.uuid4().hex[:16],
             class_names=model.class_names,
             views=settings.tta,
+            explain=settings.explain,
         )
         device = cluster.device(pool.gpus)
         workers = f"{pool.actors} worker{'s' * (pool.actors > 1)}"
@@ -501,7 +506,7 @@ class _Network:
     def __init__(self, model: Any, job: _Job, threads: int, gpu: bool) -> None:
         self._model: Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._job = job
-        self._thumbnails = thumbnails.Maker()
+        self._thumbnails = thumbnails.Maker(seen=job.explain)
         self._schema = scoring.schema(job.class_names, model_id=job.model_id, run_id=job.run_id)
         self._engine = engine.open_engine(
             self._model,
@@ -587,6 +592,48 @@ def _from_ipc(data: Any) -> pa.Table:
 # What was made of the night
 
 
+def _explain(settings: ScoreSettings, model: Bundle, staging: Staging, held: Lock) -> None:
+    """Keep aside where the model sees its label in the photographs that the report will show.
+
+    By TensorFlow in one task on CPUs, whatever scored the night: they are few. The rows are all
+    kept by now, and what goes wrong here costs the maps and not the night.
+    """
+    began = time.monotonic()
+    rows = night_report.shown(staging)
+    if rows is None or thumbnails.SEEN not in rows.column_names:
+        return
+    # Those of a start before this one may have been told to keep none.
+    rows = rows.filter(pc.is_valid(rows[thumbnails.SEEN])).select(
+        ["image", "version", "label", "width", "height", thumbnails.SEEN]
+    )
+    if not rows.num_rows:
+        return
+    try:
+        with cluster.session(settings.ray) as nodes:
+            machines = cluster.machines(nodes, False)
+            task = ray.remote(num_cpus=machines.cpus_per_actor, max_retries=0)(explanations.run)
+            made: pa.Table = ray.get(
+                task.remote(
+                    rows,
+                    model.convolutions,
+                    model.head,
+                    model.class_names,
+                    model.image_size,
+                    machines.threads_per_actor,
+                )
+            )
+    except Exception as error:
+        traceback.print_exc()
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        told = [*str(cause).splitlines(), ""][0]
+        say(f"explain   no activation maps ({type(cause).__name__}: {told})")
+        return
+    held.check()
+    staging.keep_aside(thumbnails.EXPLAINED, made)
+    took = terminal.duration(time.monotonic() - began)
+    say(f"explain   activation maps of {made.num_rows:,} photographs for review in {took}")
+
+
 def _publish(
     settings: ScoreSettings,
     model: Bundle,
@@ -597,6 +644,10 @@ def _publish(
     began: float,
 ) -> Summary:
     """Make the night visible, and tell of it."""
+    if settings.explain:
+        began_explain = time.monotonic()
+        _explain(settings, model, staging, held)
+        seconds["explain"] = time.monotonic() - began_explain
     began_publish = time.monotonic()
     summary = facts | {
         "published": ledger.target(settings.out, staging.date, staging.run_id),

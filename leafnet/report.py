@@ -36,6 +36,8 @@ _MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
 _MAX_CONFUSED = 12  # pairs of classes that are listed
 _MAX_PAIRS = 30  # duplicates that are listed
 _MAX_REJECTED = 30
+_FEW = 10  # photographs of a class in a split, of which shares say little
+_MAX_FEW = 8  # such classes that are named
 
 _GALLERY_SCHEMA = pa.schema(
     [
@@ -240,12 +242,7 @@ def _alarms(model: Mapping[str, Any], metrics: Mapping[str, Any], split: str) ->
             "nothing about leaves."
         )
     scores = metrics[split]
-    for name, of_class in scores["per_class"].items():
-        if of_class["support"] < 10:
-            told.append(
-                f"{name} has {of_class['support']:,} photographs in the {split} split: its figures "
-                "are a matter of chance."
-            )
+    told += _few(scores["per_class"], split)
     train = metrics.get("train")
     if train and split != "train" and train["accuracy"] - scores["accuracy_high"] > 0.1:
         told.append(
@@ -260,6 +257,32 @@ def _alarms(model: Mapping[str, Any], metrics: Mapping[str, Any], split: str) ->
             "validation, so that every photograph is for review."
         )
     return told
+
+
+def _few(per_class: Mapping[str, Any], split: str) -> list[str]:
+    """A sentence on the classes with so few photographs that their figures say little.
+
+    >>> _few({"rust": {"support": 4}, "scab": {"support": 90}}, "test")
+    ['rust has 4 photographs in the test split: its figures are a matter of chance.']
+    >>> _few({"rust": {"support": 4}, "scab": {"support": 9}}, "test")[0].split(" in ")[0]
+    'rust (4) and scab (9) have few photographs'
+    """
+    few = {name: one["support"] for name, one in per_class.items() if one["support"] < _FEW}
+    if not few:
+        return []
+    if len(few) == 1:
+        ((name, count),) = few.items()
+        return [
+            f"{name} has {count} photograph{'s' * (count != 1)} in the {split} split: its figures "
+            "are a matter of chance."
+        ]
+    named = [f"{name} ({count})" for name, count in few.items()]
+    if len(named) > _MAX_FEW:
+        named = [*named[: _MAX_FEW - 1], f"{len(named) - _MAX_FEW + 1} more classes"]
+    return [
+        f"{', '.join(named[:-1])} and {named[-1]} have few photographs in the {split} split: their "
+        "figures are a matter of chance."
+    ]
 
 
 def _curves(history: Sequence[Mapping[str, float]], best_epoch: int) -> list[Any]:

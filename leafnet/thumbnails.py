@@ -1,6 +1,7 @@
 """Small pictures of the photographs for review, made of pixels that are decoded already.
 
-They wait with their rows, in a column `thumbnail` (JPEG; null: none) that is not published.
+They wait with their rows, in a column `thumbnail` (JPEG; null: none) that is not published. Where
+they are to be explained, a column `seen` has, of the same photographs, what the network saw.
 """
 
 from typing import Any
@@ -12,9 +13,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 COLUMN = "thumbnail"
+SEEN = "seen"  # JPEG as well, square, in the network's size
+EXPLAINED = "explained"  # a thumbnail under its class activation map, see `explanations`
 LIMIT = 500  # of a night: what a person looks through, and 3 MB of a page
 SIDE = 128  # pixels, of the longer side
 _QUALITY = 78  # 3.5 kB and 0.1 ms each from 256 x 256 pixels
+_SEEN_QUALITY = 95
 
 
 def jpeg(
@@ -38,15 +42,15 @@ class Maker:
     Of a night of a million photographs some thousand get one, and not each of those for review.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = LIMIT, *, seen: bool = False) -> None:
+        self._limit, self._seen = limit, seen
         # Of each kind of reason, the values of the first so far, in order.
         self._first = {True: np.empty(0), False: np.empty(0)}
 
     def attach(
         self, rows: pa.Table, pixels: NDArray[np.uint8], decoded: NDArray[np.int64]
     ) -> pa.Table:
-        """`rows` of the predictions with thumbnails.
+        """`rows` of the predictions with thumbnails, and with what the network saw if so made.
 
         Args:
             rows: of `scoring.schema`.
@@ -54,6 +58,7 @@ class Maker:
             decoded: [B], the row of each, in order.
         """
         made: list[bytes | None] = [None] * rows.num_rows
+        seen = list(made)
         at, is_unlike, value = _doubts(rows)
         for unlike, first in self._first.items():
             mine = is_unlike == unlike
@@ -62,8 +67,15 @@ class Maker:
             self._first[unlike] = np.sort(np.append(first, value[mine]))[: self._limit]
             sizes = rows.select(["width", "height"]).take(pa.array(at[mine])).to_pylist()
             for row, size in zip(at[mine].tolist(), sizes, strict=True):
-                made[row] = jpeg(pixels[np.searchsorted(decoded, row)], **size)
-        return rows.append_column(COLUMN, pa.array(made, pa.binary()))
+                square = pixels[np.searchsorted(decoded, row)]
+                made[row] = jpeg(square, **size)
+                if self._seen:
+                    side = len(square)
+                    seen[row] = jpeg(
+                        square, width=side, height=side, side=side, quality=_SEEN_QUALITY
+                    )
+        rows = rows.append_column(COLUMN, pa.array(made, pa.binary()))
+        return rows.append_column(SEEN, pa.array(seen, pa.binary())) if self._seen else rows
 
 
 def wanted(rows: pa.Table, limit: int = LIMIT) -> NDArray[np.int64]:
@@ -107,13 +119,16 @@ def keep_wanted(rows: pa.Table, limit: int = LIMIT) -> pa.Table:
     kept = np.zeros(rows.num_rows, bool)
     kept[wanted(rows, limit)] = True
     none = pa.scalar(None, pa.binary())
-    place = rows.column_names.index(COLUMN)
-    return rows.set_column(place, COLUMN, pc.if_else(pa.array(kept), rows[COLUMN], none))
+    for place, name in enumerate(rows.column_names):
+        if name in (COLUMN, SEEN):
+            rows = rows.set_column(place, name, pc.if_else(pa.array(kept), rows[name], none))
+    return rows
 
 
 def of(rows: pa.Table) -> list[dict[str, Any]]:
-    """Image, version and thumbnail of the rows that have one."""
-    found: list[dict[str, Any]] = (
-        rows.filter(pc.is_valid(rows[COLUMN])).select(["image", "version", COLUMN]).to_pylist()
-    )
+    """Image, version, thumbnail and, if the rows have it, `EXPLAINED` of those with a thumbnail."""
+    columns = [
+        name for name in ("image", "version", COLUMN, EXPLAINED) if name in rows.column_names
+    ]
+    found: list[dict[str, Any]] = rows.filter(pc.is_valid(rows[COLUMN])).select(columns).to_pylist()
     return found

@@ -14,6 +14,7 @@ from leafnet import (
     config,
     demo,
     drift,
+    explanations,
     ledger,
     metrics,
     night_report,
@@ -43,6 +44,11 @@ def outcomes(count: int, *, seed: int = 0, novelty: float = 45.0) -> tuple[Array
     return logits, review.outcomes(logits, labels, distance)
 
 
+def left_edge(pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> Array:
+    """The class maps of a model that sees every class at the left edge."""
+    return np.repeat(np.float32([[[4, 2, 1, 0]]]), 4, axis=1).repeat(len(pixels), axis=0)
+
+
 def write_night(
     out: Path | str,
     date: str,
@@ -57,11 +63,13 @@ def write_night(
     run_id: str | None = None,
     leaves: int = 12,
     side: int = 64,
+    explained: bool = False,
 ) -> str:
     """A published night of photographs called `names` below `images`; returns its run id.
 
     The first `failed` of them are failed, and the others show `leaves` different leaves of `side`
-    pixels. Nothing is written below `images`.
+    pixels. With `explained` those for review have activation maps, of a model that looks at the
+    left edge. Nothing is written below `images`.
     """
     rng = np.random.default_rng(seed)
     count = len(names)
@@ -99,11 +107,17 @@ def write_night(
         [demo.draw_leaf(CLASSES[i % 3], seed=i, width=side, height=side) for i in range(leaves)]
     )
     decoded = np.arange(failed, count)
-    rows = thumbnails.Maker().attach(rows, pixels[np.arange(len(decoded)) % leaves], decoded)
+    maker = thumbnails.Maker(seen=explained)
+    rows = maker.attach(rows, pixels[np.arange(len(decoded)) % leaves], decoded)
     root = ledger.staging_root(str(out), model_id=model_id, images=images)
     staging = ledger.start_staging(root, date=date, found=None)
     staging.run_id = run_id
     staging.add(rows)
+    if explained:
+        shown = night_report.shown(staging)
+        assert shown is not None, "nothing is for review"
+        made = explanations.make(shown, left_edge, CLASSES, size=side)
+        staging.keep_aside(thumbnails.EXPLAINED, made)
     counts: list[ledger.Counts] = []
     ledger.publish(staging, str(out), schema=schema, check=counts.append)
     night_report.keep_thumbnails(staging, str(out))
@@ -130,7 +144,7 @@ def write_night(
             "reference": drift.reference(valid),
         },
         "started_at": f"{date}T02:00:00+00:00",
-        "settings": {"images": images, "max_failed": 5.0},
+        "settings": {"images": images, "max_failed": 5.0, "ray": {"address": None}},
         "versions": {"leafnet": "0.1.0"},
         "seconds": {"total": 12.5},
     }

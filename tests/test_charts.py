@@ -93,6 +93,13 @@ def test_the_last_night_stands_out(nights: int) -> None:
     assert float(frame.get("x", "0")) + float(frame.get("width", "0")) == pytest.approx(396, abs=1)
 
 
+def test_small_bars_begin_with_the_first_night_and_leave_room_for_those_without() -> None:
+    root = ElementTree.fromstring(charts.spark([None, None, 4, None, 2]))
+    past, now = (each.get("d", "") for each in root.iter("path"))
+    assert re.findall(r"M([\d.]+) 28v-([\d.]+)", past) == [("0.5", "26.0")]
+    assert re.findall(r"M([\d.]+) 28v-([\d.]+)", now) == [("48.5", "13.0")]
+
+
 def placed(latitude: list[float], longitude: list[float]) -> Placed:
     group = np.arange(len(latitude)) % 3
     return Placed(np.array(latitude), np.array(longitude), group)

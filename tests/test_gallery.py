@@ -103,20 +103,6 @@ def test_thumbnails_keep_the_proportions() -> None:
     assert opened(jpeg).shape == opened(heated).shape == (53, 160, 3)
 
 
-def test_photographs_that_are_decoded_are_explained_in_their_shape() -> None:
-    pixels = np.zeros((2, 64, 64, 3), np.uint8)
-    sizes = np.array([[400, 300], [30, 60]])
-
-    def explain(pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.eye(2, dtype=np.float32)[classes][:, None].repeat(2, axis=1)
-
-    wide, tall = map(opened, gallery.explained(explain, pixels, np.array([0, 1]), sizes))
-    assert (wide.shape, tall.shape) == ((120, 160, 3), (160, 80, 3))
-    assert wide[:, :30, 0].min() > 80 > 20 > wide[:, -30:].max()
-    assert tall[:, -15:, 0].min() > 80 > 20 > tall[:, :15].max()
-    assert gallery.explained(explain, pixels[:0], np.zeros(0, np.int64), sizes[:0]) == []
-
-
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     items = [
         Item("confident-error", f"test/{i}.jpg", "rust", "healthy", 0.5, b"%d" % i, maps)

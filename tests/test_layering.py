@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation_tables": {"terminal", "background", "resampling"},
     "tta": {"classifier"},
     "cam": {"backbone", "classifier"},
+    "explanations": {"images", "thumbnails", "backbone", "classifier", "cam"},
     "gallery": {"storage", "images", "metrics", "mistakes", "shards", "cam"},
     "features": {"storage", "images", "shards", "backbone"},
     "augment": {"features"},
@@ -163,7 +164,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nightly": {
         *("errors", "config", "storage", "terminal", "openvino_graph", "bundle", "tta"),
         *("engine", "apart", "scoring", "listing", "ledger", "lock", "cluster", "telemetry"),
-        *("thumbnails", "pages", "night_report"),
+        *("thumbnails", "pages", "night_report", "explanations"),
     },
 }
 

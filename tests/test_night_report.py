@@ -33,7 +33,8 @@ def test_a_first_night(tmp_path: Path) -> None:
     counts = frame.status.value_counts()
     assert f"60 photographs: {counts['ok']} are settled, {counts['review']} are" in page.text
     assert "2 failed" in page.text
-    assert "no night to compare with" in page.text
+    assert page.text.count("no night to compare with") == 1
+    assert "max_failed: 5.0 ray.address: none" in page.text
     assert "Over the nights" not in page.text
     assert "Where they were taken" not in page.text
     assert len(page.all("img")) == counts["review"]
@@ -165,18 +166,51 @@ def test_what_a_browser_cannot_open_is_no_link(images: str, tmp_path: Path) -> N
     assert "leaf_00000.jpg" in page.text
 
 
-def test_ten_thousand_photographs_are_a_page_of_less_than_fifteen_megabytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("explained", [False, True])
+def test_ten_thousand_photographs_are_a_page_of_less_than_fifteen_megabytes(
+    explained: bool, tmp_path: Path
+) -> None:
     stored.write_night(
-        tmp_path, "2026-11-24", images="/in", names=names(10_000), failed=300, placed=True
+        tmp_path,
+        "2026-11-24",
+        images="/in",
+        names=names(10_000),
+        failed=300,
+        placed=True,
+        explained=explained,
     )
     target = Path(night_report.write(str(tmp_path), "2026-11-24"))
-    assert target.stat().st_size < 4_000_000
+    assert target.stat().st_size < (8_000_000 if explained else 4_000_000)
     page = check(target.read_bytes())
-    assert len(page.all("img")) == 500
+    assert len(page.all("img")) == (1000 if explained else 500)
     waiting = (pd.read_parquet(tmp_path).status == "review").sum()
     assert waiting > 1000
     assert f"The 500 of {waiting:,} photographs that need it most" in page.text
     assert "the first 50 of 300" in page.text
+
+
+def test_what_is_explained_has_two_pictures(tmp_path: Path) -> None:
+    """Of a night that was explained when it was scored for the second time."""
+    stored.write_night(tmp_path, "2026-11-24", images="/in", names=names(40))
+    page = written(tmp_path, "2026-11-24")
+    first = len(page.all("img"))
+    assert "where the model sees its label" not in page.text
+    assert not [tag for tag in page.all("ul") if tag.get("class") == "sheet maps"]
+    stored.write_night(
+        tmp_path, "2026-11-24", images="/in", names=names(40, first=40), seed=8, explained=True
+    )
+    page = written(tmp_path, "2026-11-24")
+    frame = pd.read_parquet(tmp_path)
+    assert not {"explained", "seen", "thumbnail"} & set(frame.columns)
+    later = frame[(frame.status == "review") & (frame.image >= "/in/field/leaf_00040.jpg")]
+    alts = [str(image["alt"]) for image in page.all("img")]
+    assert len(alts) == first + 2 * len(later)
+    for row in later.itertuples():
+        name = Path(str(row.image)).name
+        place = alts.index(f"Photograph {name}")
+        assert alts[place + 1] == f"Where the model sees {row.label} in {name}"
+    assert "where the model sees its label" in page.text
+    assert [tag for tag in page.all("ul") if tag.get("class") == "sheet maps"]
 
 
 def test_what_older_runs_do_not_have(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from leafnet import (
     bundle,
     config,
     demo,
+    explanations,
     ledger,
     listing,
     lock,
@@ -55,6 +56,7 @@ from tests.s3_server import Proxy, Server
 
 COUNT = 800  # photographs of the job that is killed
 KEPT = ("_runs", "_reports")  # beside the predictions
+ALL_OF_THEM = Review(REVIEW_ALL, precision_target=0.95, novelty=1.0)  # for review
 SCORE = Path(__file__).parent.parent / "jobs" / "score.py"
 
 
@@ -256,7 +258,13 @@ def test_spans_end_with_their_shard() -> None:
 
 
 def stage(
-    model: str, images: Path, out: Path, count: int, *, review: Review | None = None
+    model: str,
+    images: Path,
+    out: Path,
+    count: int,
+    *,
+    review: Review | None = None,
+    explain: bool = False,
 ) -> Staging:
     """What a job leaves that finished its first `count` photographs and was killed."""
     loaded = bundle.load(model)
@@ -280,7 +288,7 @@ def stage(
         run_id=staging.run_id,
     )
     pixels = np.zeros((count, 32, 32, 3), np.uint8)
-    staging.add(thumbnails.Maker().attach(rows, pixels, np.arange(count)))
+    staging.add(thumbnails.Maker(seen=explain).attach(rows, pixels, np.arange(count)))
     return staging
 
 
@@ -298,8 +306,7 @@ def test_a_job_killed_before_it_published_only_publishes(random_model: str, tmp_
 def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_path: Path) -> None:
     images, out = tmp_path / "in", tmp_path / "out"
     write_leaves(images, 3)
-    all_of_them = Review(REVIEW_ALL, precision_target=0.95, novelty=1.0)
-    staging = stage(random_model, images, out, 3, review=all_of_them)
+    staging = stage(random_model, images, out, 3, review=ALL_OF_THEM)
     summary = {
         "run_id": staging.run_id,
         "published": "there",
@@ -319,6 +326,57 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
     before = tree(out)
     nightly.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
+
+
+@pytest.mark.ray
+def test_a_killed_job_that_goes_on_explains_what_it_did_before_as_well(
+    local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every photograph is for review: three are scored before the kill, two after it."""
+    images, out, model = tmp_path / "in", tmp_path / "out", str(tmp_path / "model")
+    publish_random_model(model, ALL_OF_THEM)
+    write_leaves(images, 5)
+    stage(model, images, out, 3, review=ALL_OF_THEM, explain=True)
+    nightly.run(settings(model, images, out, date="2026-11-24", explain=True))
+    said = capfd.readouterr().out
+    assert "goes on   3 photographs were finished" in said
+    assert "activation maps of 5 photographs for review" in said
+    frame = pd.read_parquet(out)
+    assert frame.columns.tolist() == scoring.schema(()).names
+    page = check((out / "_reports" / "2026-11-24.html").read_bytes())
+    alts = {str(image["alt"]) for image in page.all("img")}
+    assert alts == {
+        text
+        for row in frame.itertuples()
+        for name in [Path(str(row.image)).name]
+        for text in (f"Photograph {name}", f"Where the model sees {row.label} in {name}")
+    }
+    assert {path.name for path in out.iterdir()} == {"date=2026-11-24", *KEPT}
+
+
+@pytest.mark.ray
+def test_maps_that_fail_do_not_cost_the_night(
+    local_ray: None,
+    random_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    write_leaves(images, 3)
+    stage(random_model, images, out, 3, review=ALL_OF_THEM, explain=True)
+
+    def full(*arguments: Any) -> None:
+        raise MemoryError("no room for another network")
+
+    monkeypatch.setattr(explanations, "run", full)
+    nightly.run(settings(random_model, images, out, date="2026-11-24", explain=True))
+    said = capfd.readouterr().out
+    assert "no activation maps (MemoryError: no room for another network)" in said
+    page = check((out / "_reports" / "2026-11-24.html").read_bytes())
+    assert [image["alt"] for image in page.all("img")] == [
+        f"Photograph leaf_000{i}.jpg" for i in range(3)
+    ]
 
 
 def test_nothing_is_published_that_does_not_add_up(
@@ -472,7 +530,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, jobs: list[Job]) -> None:
     """Every photograph is for review, so that each row has a thumbnail to lose."""
     images, out, log = tmp_path / "in", tmp_path / "out", tmp_path / "log"
     model = str(tmp_path / "model")
-    publish_random_model(model, Review(REVIEW_ALL, precision_target=0.95, novelty=1.0))
+    publish_random_model(model, ALL_OF_THEM)
     write_leaves(images, COUNT)
     arguments = [
         *("--model", model, "--images", str(images), "--out", str(out)),

@@ -138,7 +138,11 @@ def test_random_weights_and_small_classes_are_told_first(run: Path) -> None:
     report.write(str(run))
     text = written(run).text
     assert "The backbone has random weights: this is a check of the pipeline" in text
-    assert "healthy has 4 photographs in the test split" in text
+    assert "healthy has 4 photographs in the test split: its figures are a matter of" in text
+    scores["test"]["per_class"]["late_blight"]["support"] = 1
+    metrics.write_text(json.dumps(scores))
+    report.write(str(run))
+    assert "healthy (4) and late_blight (1) have few photographs in the" in written(run).text
 
 
 def test_a_run_that_is_not_finished(run: Path, tmp_path: Path) -> None:

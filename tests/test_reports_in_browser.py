@@ -31,7 +31,14 @@ def reports(data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> d
         stored.write_night(folder, f"2026-11-{day}", images="/in", names=names, seed=day)
     names = [f"<img src=http://a.invalid onerror=alert({i})>.jpg" for i in range(90)]
     stored.write_night(
-        folder, "2026-11-24", images="/in", names=names, failed=6, placed=True, novelty=52
+        folder,
+        "2026-11-24",
+        images="/in",
+        names=names,
+        failed=6,
+        placed=True,
+        novelty=52,
+        explained=True,
     )
     run = folder / "leaves"
     run.mkdir()

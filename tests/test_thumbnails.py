@@ -73,6 +73,25 @@ def test_only_what_is_for_review_gets_one_and_its_own() -> None:
     assert blue[2] > 200 > 50 > blue[0]
 
 
+def test_what_the_network_saw_is_kept_of_those_alone_and_only_if_asked_for() -> None:
+    table = rows([None, "low-confidence: x", "unlike-training: y"], [0.9, 0.5, 0.9], [1, 1, 70])
+    pixels = np.stack(
+        [demo.draw_leaf("healthy", seed=seed, width=96, height=96) for seed in range(3)]
+    )
+    found = thumbnails.Maker(seen=True).attach(table, pixels, np.arange(3))
+    small, seen = (found[name].to_pylist() for name in ("thumbnail", "seen"))
+    assert [data is not None for data in seen] == [False, True, True]
+    for square, data in zip(pixels[1:], seen[1:], strict=True):
+        opened = np.asarray(Image.open(io.BytesIO(data)))
+        assert opened.shape == square.shape
+        assert np.abs(opened.astype(int) - square).mean() < 3
+    kept = thumbnails.keep_wanted(pa.concat_tables([found] * 2), limit=1)
+    assert (kept["thumbnail"].null_count, kept["seen"].null_count) == (5, 5)
+    plain = thumbnails.Maker().attach(table, pixels, np.arange(3))
+    assert plain.column_names == [*table.column_names, "thumbnail"]
+    assert plain["thumbnail"].to_pylist() == small
+
+
 def test_the_two_reasons_take_turns() -> None:
     unlike, low = "unlike-training: x", "low-confidence: x"
     table = rows([low, unlike, low, unlike, None], [0.5, 0.9, 0.4, 0.9, 0.9], [1, 70, 1, 80, 1])
