@@ -9,7 +9,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
@@ -375,23 +375,38 @@ def _layers(x: "keras.KerasTensor", precision: str, stages: range) -> "keras.Ker
     return x
 
 
-def ahead(batches: Iterator[Batch], *, depth: int = 2) -> Iterator[Batch]:
-    """`batches`, made by a thread, `depth` of them, while the network works on those before."""
+def ahead(batches: Iterator[Batch], *, depth: int = 2) -> Generator[Batch, None, None]:
+    """`batches`, made by a thread, `depth` of them, while the network works on those before.
+
+    Close it where not all are taken: the thread ends then.
+    """
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.2)
+                return
 
     def make() -> None:
         try:
             for batch in batches:
-                ready.put(batch)
-            ready.put(None)
+                put(batch)
+                if closed.is_set():
+                    return
+            put(None)
         except BaseException as error:
-            ready.put(error)
+            put(error)
 
     threading.Thread(target=make, daemon=True).start()
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
 
 
 def limit_threads(threads: int, *, gpu: bool) -> None:

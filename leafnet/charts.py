@@ -76,9 +76,22 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 
 
 def curves(
-    history: Sequence[Mapping[str, float]], quantity: str, *, best_epoch: int, told: str
+    history: Sequence[Mapping[str, float]],
+    quantity: str,
+    *,
+    best_epoch: int,
+    told: str,
+    head_alone: float | None = None,
 ) -> Markup:
-    """`quantity` (loss or accuracy) of train and valid by epoch, the best epoch marked."""
+    """`quantity` of train and valid by epoch, the best epoch marked.
+
+    Args:
+        history: rows of a history.
+        quantity: `loss` or `accuracy`.
+        best_epoch: 0: none is marked.
+        told: what it shows, in a sentence.
+        head_alone: what it was on validation before the first epoch; None: nothing is drawn of it.
+    """
     series = {
         name: [
             (row["epoch"], row[f"{name}_{quantity}"])
@@ -90,6 +103,7 @@ def curves(
     values = [value for points in series.values() for _, value in points]
     if not values:
         return Markup("")
+    values += [] if head_alone is None else [head_alone]
     first, last = history[0]["epoch"], max(history[-1]["epoch"], history[0]["epoch"] + 1)
     if quantity == "accuracy":
         low, high = max(0.0, min(values) - 0.08 * max(1 - min(values), 0.02)), 1.0
@@ -100,9 +114,14 @@ def curves(
     parts = [_y_axis(axes, show)]
     epochs = [tick for tick in ticks(first, last, count=6) if tick == int(tick)]
     parts.append(_x_axis(axes, epochs, lambda value: f"{value:g}", "epoch"))
-    marked = f"M{axes.x(best_epoch):.1f} {axes.top}V{axes.bottom}"
-    parts.append(f'<path class="mark" d="{marked}"/>')
+    if best_epoch:
+        marked = f"M{axes.x(best_epoch):.1f} {axes.top}V{axes.bottom}"
+        parts.append(f'<path class="mark" d="{marked}"/>')
     ends: list[tuple[float, str]] = []
+    if head_alone is not None:
+        y = axes.y(head_alone)
+        parts.append(f'<path class="before" d="M{axes.left} {y:.1f}H{axes.right}"/>')
+        ends.append((y, "head"))
     for name, points in series.items():
         if points:
             line = "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in points)
@@ -113,12 +132,29 @@ def curves(
             at = f'cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}"'
             parts.append(f'<circle class="dot valid" {at} r="4"/>')
     ends.sort()
-    if len(ends) == 2 and ends[1][0] - ends[0][0] < 14:
-        middle = (ends[0][0] + ends[1][0]) / 2
-        ends = [(middle - 7, ends[0][1]), (middle + 7, ends[1][1])]
-    for end, name in ends:
-        parts.append(f'<text class="{name}" x="{axes.right + 6}" y="{end + 4:.1f}">{name}</text>')
+    for y, (_, name) in zip(_apart([y for y, _ in ends], 14), ends, strict=True):
+        parts.append(f'<text class="{name}" x="{axes.right + 6}" y="{y + 4:.1f}">{name}</text>')
     return _svg(parts, told)
+
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """Rising `places`, moved as little as may be until each is at least `gap` after the one before.
+
+    >>> _apart([0.0, 10.0, 11.0, 50.0], 5), _apart([], 5)
+    ([0.0, 8.0, 13.0, 50.0], [])
+    """
+    # Without the gaps they must not fall: the nearest such numbers are means of neighbours.
+    groups: list[list[float]] = []
+    for i, place in enumerate(places):
+        groups.append([place - i * gap])
+        while len(groups) > 1 and _mean(groups[-2]) > _mean(groups[-1]):
+            groups[-2] += groups.pop()
+    moved = [_mean(group) for group in groups for _ in group]
+    return [place + i * gap for i, place in enumerate(moved)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def histogram(

@@ -20,7 +20,7 @@ from leafnet import storage
 from leafnet.classifier import Head
 from leafnet.errors import UserError
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 MANIFEST = "manifest.json"
 
 _ARRAYS = "arrays.npz"

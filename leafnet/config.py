@@ -331,7 +331,8 @@ class CheckpointSettings(Settings):
     every_seconds: float = Field(
         10.0,
         ge=0,
-        description="when the last is this old [s]; 0: at the end of every epoch",
+        description="when the last is this old, or older where more than a fiftieth of the time "
+        "would go into saving [s]; 0: at the end of every epoch",
     )
     every_steps: int | None = Field(
         None, ge=1, description="also after so many steps [steps]; none: only by time"

@@ -10,14 +10,15 @@ of 6 within a stage and 40 between stages: with one rate for all, a step of Adam
 some kernels and 0.1 % of others, and the first epoch ruined the features.
 
 `fine_tune` runs in every worker, as `training.fit_head` does and by the same rules: order, views
-and mixing are functions of the seed and the position, and gradients are summed over the workers
-before they are clipped, so that all take the same steps.
+and mixing are functions of the seed and the position, gradients are summed over the workers before
+they are clipped, so that all take the same steps, and between two pieces of about a second the
+state can be saved, and the workers can be asked to leave.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,12 +33,16 @@ from leafnet.config import FineTuneSettings
 from leafnet.errors import UserError
 from leafnet.photographs import Photographs, streamed_order
 from leafnet.training import (
+    Clock,
     Hooks,
     Leaving,
     Place,
+    Report,
+    Saving,
     balanced_weights,
     epoch_order,
     even_split,
+    refuse_non_finite,
     steps_per_epoch,
 )
 
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]  # by name of the variable, such as conv5_block1_1_conv/kernel
 Convolutions = dict[str, tuple[Array, Array]]
+Batch = tuple[NDArray[Any], ...]  # pixels, draws, mixing, labels
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
 # Scale of a variable that is smaller or 0 at the start (Shazeer and Stern 2018, arXiv:1804.04235).
@@ -58,10 +64,10 @@ _KEPT_BYTES = 2**30
 
 @dataclass
 class TuneState:
-    """Everything that the rest of a fine-tuning depends on, after `epoch` whole epochs."""
+    """Everything that the rest of a fine-tuning depends on, after `step` steps."""
 
-    epoch: int
-    step: int
+    epoch: int  # whole epochs, with their validation
+    step: int  # of all epochs, also inside one
     weights: Arrays
     first: Arrays  # moments of AdamW
     second: Arrays
@@ -71,6 +77,12 @@ class TuneState:
     best_loss: float  # on validation; at first that of the head alone
     head_alone: dict[str, float]  # valid_loss and valid_accuracy of it
     history: list[dict[str, float]] = field(default_factory=list)  # one row an epoch
+    # Of the steps since the last whole epoch, summed over the workers.
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    correct: float = 0.0
+    # Of a worker in the mean: what they took, and how much of it was without a batch.
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 class TuningData(NamedTuple):
@@ -80,11 +92,6 @@ class TuningData(NamedTuple):
     valid: Photographs
     mean: Array  # [D] of the features that the head was fitted on
     deviation: Array  # [D]
-
-
-# Called by every worker after each epoch with its row of the history, and with the state when it
-# is time to save; only rank 0 has a state to give.
-Report = Callable[[dict[str, float], TuneState | None, bool], None]
 
 
 def convolutions(arrays: Arrays) -> Convolutions:
@@ -126,13 +133,13 @@ def fine_tune(
     num_classes: int,
     seed: int,
     place: Place,
-    save_every_s: float,
     report: Report,
     advance: Callable[[int], None],
+    saving: Saving[TuneState] | None = None,
     hooks: Hooks | None = None,
     state: TuneState | None = None,
 ) -> TuneState:
-    """Train the last stages and the head under `tf.distribute`, from `state` when there is one.
+    """Train the last stages and the head under `tf.distribute`, also from inside an epoch.
 
     Args:
         data: the same on every worker.
@@ -145,22 +152,23 @@ def fine_tune(
         num_classes: C.
         seed: of order, views and mixing.
         place: of this worker.
-        save_every_s: seconds between saved states; the last epoch is always saved.
         report: called after each epoch.
         advance: called with counts of examples of the global batch.
-        hooks: how it is followed, and asked to stop after an epoch.
+        saving: when and how the state is saved; none: never.
+        hooks: how it is followed, and asked to stop.
         state: to go on from.
 
     Returns:
         The state after the last epoch, on every worker.
 
     Raises:
-        UserError: the loss is not finite, with the epoch; a batch that cannot be shared out.
+        UserError: the loss is not finite, with the steps; a batch that cannot be shared out.
         Leaving: on every worker, after one was asked to leave and the state was saved.
     """
     hooks = hooks or Hooks()
+    # They may still be decoding on other machines.
     hooks.long("building the network, which waits for the other workers")
-    examples = data.train.labels.size
+    examples, valid = data.train.labels.size, data.valid.labels.size
     batch = min(settings.batch_size, examples)
     check_batch(settings, examples=examples, workers=place.workers)
     steps = steps_per_epoch(examples, batch)
@@ -178,67 +186,106 @@ def fine_tune(
         batch=batch,
         steps=steps,
     )
-    valid = data.valid.labels.size
+
+    def validate(what: str, *, may_leave: bool) -> tuple[float, float, bool]:
+        def goes_on(done: int) -> bool:
+            hooks.doing(f"validating {what}, {done:,} photographs of this worker are done")
+            return not (may_leave and hooks.leave())
+
+        return tuner.validate(goes_on)
+
     if state:
         tuner.restore(state)
     else:
         state = tuner.state()
         if valid:
-            loss, correct = tuner.sum_over_workers(np.array(tuner.validate()))
+            mine = validate("the head alone", may_leave=False)
+            loss, correct, _ = tuner.sum_over_workers(np.array(mine, np.float64)).tolist()
             state.head_alone = {"valid_loss": loss / valid, "valid_accuracy": correct / valid}
             state.best_loss = loss / valid
-    advance(state.epoch * steps * batch)
-    last_saved = time.monotonic()
-    while not finished(state, settings):
-        epoch, began = state.epoch, time.monotonic()
-        hooks.long(f"fine-tuning, epoch {epoch + 1}")
-        losses, correct, waited = tuner.train_epoch(epoch, advance)
-        trained = time.monotonic() - began
-        valid_loss, valid_correct = tuner.validate()
-        due = place.rank == 0 and time.monotonic() - last_saved >= save_every_s
-        # One sum over the workers an epoch: every worker then sees, and decides, the same.
-        sums = tuner.sum_over_workers(
-            np.array(
-                [losses.sum(), correct, valid_loss, valid_correct, due, waited, hooks.leave()],
-                np.float64,
-            )
-        )
-        loss, correct, valid_loss, valid_correct, due_sum, waited, leave_sum = sums
-        hooks.started()
-        if not np.isfinite(loss):
-            raise UserError(
-                "loss-not-finite",
-                f"the loss of fine-tuning is not finite in epoch {epoch + 1}, steps "
-                f"{epoch * steps} to {(epoch + 1) * steps - 1}; lower --fine_tune.learning_rate",
-            )
-        row = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * steps,
-            "learning_rate": tuner.rate((epoch + 1) * steps - 1),
-            "train_loss": float(loss) / steps,
-            "train_accuracy": float(correct) / (steps * batch),
-        }
-        if valid:
-            row["valid_loss"] = float(valid_loss) / valid
-            row["valid_accuracy"] = float(valid_correct) / valid
-        row["images_per_s"] = steps * batch / trained
-        row["waited"] = float(waited) / place.workers / trained
-        state.epoch, state.step = epoch + 1, (epoch + 1) * steps
-        # Without a validation split the last epoch is as good a choice as any.
-        row["best"] = float(not valid or row["valid_loss"] < state.best_loss)
-        if row["best"]:
-            state.best_epoch = epoch + 1
-            state.best_loss = row.get("valid_loss", math.inf)
-            state.best = tuner.average()
-        state.history.append(row)
-        save = due_sum > 0 or leave_sum > 0 or finished(state, settings)
-        if save:
-            tuner.put_into(state)
-            last_saved = time.monotonic()
-        report(row, state if save and place.rank == 0 else None, save)
-        if leave_sum and not finished(state, settings):
-            raise Leaving(f"after epoch {state.epoch}")
+    advance(state.step * batch)
+    clock = Clock(saving, steps, first=1)
+    with closing(backbone.ahead(tuner.batches(state.step), depth=3)) as batches:
+        while not finished(state, settings):
+            epoch, first = state.epoch, state.step
+            left, piece = (epoch + 1) * steps - first, 0
+            if left:
+                piece = clock.piece(first, epoch, most=left)
+                hooks.doing(f"fine-tuning, epoch {epoch + 1}, step {first + 1} to {first + piece}")
+                found = tuner.train(batches, first, piece, advance)
+                # At the end of an epoch it is saved once that is validated.
+                due = piece < left and clock.due(first + piece, ends=False)
+            else:
+                found = list(validate(f"epoch {epoch + 1}", may_leave=True))
+                due = clock.due(first, ends=True)
+            asked = [due and place.rank == 0, hooks.leave()]
+            # One sum over the workers: every worker then sees, and decides, the same.
+            sums = tuner.sum_over_workers(np.array([*found, *asked], np.float64))
+            found, (due_sum, leave_sum) = sums[:-2].tolist(), sums[-2:]
+            if left:
+                hooks.started()
+                *losses, correct, taken, waited = found
+                refuse_non_finite(
+                    np.array(losses),
+                    first_step=first,
+                    epoch=epoch,
+                    mend="--fine_tune.learning_rate",
+                )
+                clock.took(taken / place.workers / piece)
+                state.step = first + piece
+                state.losses = np.concatenate([state.losses, losses])
+                state.correct += correct
+                state.seconds += taken / place.workers
+                state.waited += waited / place.workers
+            elif not found[2]:
+                loss, correct, _ = found
+                judged = {}
+                if valid:
+                    judged = {"valid_loss": loss / valid, "valid_accuracy": correct / valid}
+                _end_epoch(state, tuner, examples=steps * batch, valid=judged)
+                report(state.history[-1])
+            over = finished(state, settings)
+            if due_sum or leave_sum or over:
+                began = time.monotonic()
+                hooks.doing(f"saving the state after step {state.step}")
+                tuner.put_into(state)
+                if saving:
+                    saving.save(state if place.rank == 0 else None)
+                clock.saved(time.monotonic() - began)
+            if leave_sum and not over:
+                raise Leaving(f"after step {state.step}")
     return state
+
+
+def _end_epoch(
+    state: TuneState, tuner: "_Tuner", *, examples: int, valid: dict[str, float]
+) -> None:
+    """Add the epoch whose steps are taken to the history, and keep its weights if it is the best.
+
+    Args:
+        state: after the last step of the epoch.
+        tuner: with the weights as they are then.
+        examples: that the epoch has learnt from.
+        valid: `valid_loss` and `valid_accuracy`; empty without a validation split.
+    """
+    row = {
+        "epoch": state.epoch + 1,
+        "step": state.step,
+        "learning_rate": tuner.rate(state.step - 1),
+        "train_loss": float(state.losses.mean()),
+        "train_accuracy": state.correct / examples,
+        **valid,
+        "images_per_s": examples / state.seconds,
+        "waited": state.waited / state.seconds,
+        # Without a validation split the last epoch is as good a choice as any.
+        "best": float(not valid or valid["valid_loss"] < state.best_loss),
+    }
+    state.epoch += 1
+    state.losses, state.correct, state.seconds, state.waited = np.empty(0), 0.0, 0.0, 0.0
+    if row["best"]:
+        state.best_epoch, state.best = state.epoch, tuner.average()
+        state.best_loss = row.get("valid_loss", math.inf)
+    state.history.append(row)
 
 
 def check_batch(settings: FineTuneSettings, *, examples: int, workers: int) -> None:
@@ -279,14 +326,19 @@ def save(folder: str | Path, state: TuneState, *, identity: dict[str, Any]) -> N
         "average": state.average,
     }
     # Before the first best epoch it is what fine-tuning began from; right after one, the average.
-    if 0 < state.best_epoch < state.epoch:
+    after_best = state.epoch == state.best_epoch and not state.losses.size
+    if state.best_epoch > 0 and not after_best:
         groups["best"] = state.best
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         f"{group}/{name}": a for group, of_group in groups.items() for name, a in of_group.items()
     }
+    arrays["losses"] = state.losses
     values = {
         "epoch": state.epoch,
         "step": state.step,
+        "correct": state.correct,
+        "seconds": state.seconds,
+        "waited": state.waited,
         "best_epoch": state.best_epoch,
         "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
         "head_alone": state.head_alone,
@@ -303,6 +355,7 @@ def load(folder: str | Path, initial: Arrays, *, identity: dict[str, Any]) -> Tu
             named), was written by another version, or is damaged.
     """
     arrays, values = checkpoint.read(folder, identity=identity)
+    losses = arrays.pop("losses")
     groups: dict[str, Arrays] = {}
     for key, array in arrays.items():
         group, _, name = key.partition("/")
@@ -320,6 +373,10 @@ def load(folder: str | Path, initial: Arrays, *, identity: dict[str, Any]) -> Tu
         best_loss=math.inf if values["best_loss"] is None else values["best_loss"],
         head_alone=values["head_alone"],
         history=values["history"],
+        losses=losses,
+        correct=values["correct"],
+        seconds=values["seconds"],
+        waited=values["waited"],
     )
 
 
@@ -457,21 +514,23 @@ class _Tuner:
             one.second.assign(state.second[name])
             one.average.assign(state.average[name])
 
-    def train_epoch(
-        self, epoch: int, advance: Callable[[int], None]
-    ) -> tuple[NDArray[np.float64], float, float]:
-        """(this worker's share of each step's loss [S], correct, seconds without a batch)."""
+    def train(
+        self, batches: Iterator[Batch], first: int, count: int, advance: Callable[[int], None]
+    ) -> list[float]:
+        """Take `count` steps from `first` on, with the next of `batches`.
+
+        Returns:
+            This worker's share of the loss of each step, then how many were correct, the seconds
+            that it took, and how many of them were without a batch.
+        """
         import tensorflow as tf
 
         losses, correct, waited = [], 0.0, 0.0
-        batches = backbone.ahead(self._batches(epoch), depth=3)
-        step = epoch * self._steps
-        while True:
-            began = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            waited += time.monotonic() - began
+        began = time.monotonic()
+        for step in range(first, first + count):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
             decay = min(self._settings.ema, (1 + step) / (10 + step))
             loss, right = self._step(
                 *map(tf.constant, batch),
@@ -481,46 +540,56 @@ class _Tuner:
             )
             losses.append(float(loss))
             correct += float(right)
-            step += 1
             advance(self._batch)
-        return np.array(losses), correct, waited
+        return [*losses, correct, time.monotonic() - began, waited]
 
-    def _batches(self, epoch: int) -> Iterator[tuple[NDArray[Any], ...]]:
-        """(pixels, draws, mixing, labels) of this worker's rows of each step."""
+    def batches(self, first: int) -> Iterator[Batch]:
+        """This worker's rows of each step from `first` on, to the end of the last epoch."""
         train, seed = self._data.train, self._seed
-        if train.shard_rows:
-            order = streamed_order(train.shard_rows, seed=seed, epoch=epoch)
-        else:
-            order = epoch_order(train.labels.size, seed=seed, epoch=epoch)
-        for step in range(self._steps):
-            rows = order[step * self._batch : (step + 1) * self._batch][self._start : self._stop]
-            pairs = np.zeros(0, np.int64)
-            if self._mixes:
-                of_step = step * (self._batch // 2)
-                pairs = np.arange(of_step + self._start // 2, of_step + self._stop // 2)
-            yield (
-                train.gather(rows),
-                augment.draw(rows, seed=seed, epoch=epoch),
-                augment.draw_mixing(
-                    pairs,
-                    seed=seed,
-                    epoch=epoch,
-                    mixup=self._settings.mixup,
-                    cutmix=self._settings.cutmix,
-                ),
-                train.labels[rows],
-            )
+        for epoch in range(first // self._steps, self._settings.epochs):
+            if train.shard_rows:
+                order = streamed_order(train.shard_rows, seed=seed, epoch=epoch)
+            else:
+                order = epoch_order(train.labels.size, seed=seed, epoch=epoch)
+            for step in range(max(0, first - epoch * self._steps), self._steps):
+                at = step * self._batch
+                rows = order[at + self._start : at + self._stop]
+                pairs = np.zeros(0, np.int64)
+                if self._mixes:
+                    of_step = step * (self._batch // 2)
+                    pairs = np.arange(of_step + self._start // 2, of_step + self._stop // 2)
+                yield (
+                    train.gather(rows),
+                    augment.draw(rows, seed=seed, epoch=epoch),
+                    augment.draw_mixing(
+                        pairs,
+                        seed=seed,
+                        epoch=epoch,
+                        mixup=self._settings.mixup,
+                        cutmix=self._settings.cutmix,
+                    ),
+                    train.labels[rows],
+                )
 
-    def validate(self) -> tuple[float, float]:
-        """(summed loss, correct) of the averaged weights over this worker's validation examples."""
+    def validate(self, goes_on: Callable[[int], bool]) -> tuple[float, float, bool]:
+        """How the averaged weights do on this worker's validation examples.
+
+        Args:
+            goes_on: called for each batch with the count of examples before it; False: give up.
+
+        Returns:
+            The summed loss, how many are correct, and True where it was given up.
+        """
         loss, correct = 0.0, 0.0
         start, stop = even_split(self._data.valid.labels.size, self._place)
         with self._averaged():
             for at, maps in zip(range(start, stop, _VALID_BATCH), self._maps(), strict=True):
+                if not goes_on(at - start):
+                    return loss, correct, True
                 labels = self._data.valid.labels[at : min(at + _VALID_BATCH, stop)]
                 of_batch, right = self._of_maps(maps, labels)
                 loss, correct = loss + float(of_batch), correct + float(right)
-        return loss, correct
+        return loss, correct, False
 
     def _maps(self) -> "Iterator[tf.Tensor]":
         """What the frozen part makes of this worker's validation photographs, batch by batch."""

@@ -7,6 +7,7 @@ the shards are gone.
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -66,6 +67,8 @@ _STAGES = {
     "features": ("features", "views through the frozen network"),
     "search": ("search", "settings of the head tried, or folds"),
     "head": ("head", "fitted on the features"),
+    "fine_tune": ("fine-tune", "last stages and head, on photographs"),
+    "fine_tuned_features": ("features again", "views through the fine-tuned network"),
     "int8": ("int8", "quantized and checked"),
     "publish": ("publish", "model written"),
     "evaluation": ("evaluation", "intervals, slices and galleries"),
@@ -102,6 +105,7 @@ def _stored(run: str) -> dict[str, Any]:
             "metrics": _of_splits(storage.read_json(storage.join(run, "metrics.json"))),
             "model": storage.read_json(storage.join(run, "model", "model.json")),
             "history": _history(storage.read_bytes(storage.join(run, "history.csv"))),
+            "fine_tune": _history_of_fine_tune(run),
             "settings": yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))),
         }
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -119,6 +123,13 @@ def _of_splits(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _history(data: bytes) -> list[dict[str, float]]:
     rows = csv.DictReader(io.StringIO(data.decode()))
     return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def _history_of_fine_tune(run: str) -> list[dict[str, float]]:
+    try:
+        return _history(storage.read_bytes(storage.join(run, "fine_tune.csv")))
+    except FileNotFoundError:
+        return []
 
 
 # Photographs
@@ -210,6 +221,7 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
         "alarms": _alarms(model, metrics, split),
         "curves": _curves(stored["history"], model["best_epoch"]),
         "history": stored["history"],
+        "fine_tune": _fine_tune(facts.get("fine_tune"), stored["fine_tune"]),
         "confusion": _confusion(scores, names, split),
         "confused": _confused(scores["confusion"], names),
         "per_class": _per_class(scores, colour),
@@ -285,8 +297,12 @@ def _few(per_class: Mapping[str, Any], split: str) -> list[str]:
     ]
 
 
-def _curves(history: Sequence[Mapping[str, float]], best_epoch: int) -> list[Any]:
-    last = history[-1]
+def _curves(
+    history: Sequence[Mapping[str, float]],
+    best_epoch: int,
+    head_alone: Mapping[str, float] | None = None,
+) -> list[Any]:
+    last, before = history[-1], head_alone or {}
     made = []
     for quantity, show in (("loss", "{:.3g}".format), ("accuracy", pages.percent)):
         ends = ", ".join(
@@ -295,17 +311,68 @@ def _curves(history: Sequence[Mapping[str, float]], best_epoch: int) -> list[Any
             if f"{split}_{quantity}" in last
         )
         told = (
-            f"{quantity.capitalize()} over {len(history)} epochs; at the end {ends}. "
+            f"{quantity.capitalize()} over {len(history)} epoch{'s' * (len(history) > 1)}; at the "
+            f"end {ends}. "
+        )
+        told += (
             f"The best epoch is {best_epoch}."
+            if best_epoch
+            else "No epoch was better than the head alone."
         )
-        made.append(
-            (
-                quantity.capitalize(),
-                charts.curves(history, quantity, best_epoch=best_epoch, told=told),
-                told,
-            )
-        )
+        alone = before.get(f"valid_{quantity}")
+        if alone is not None:
+            told += f" Dotted: the head alone on validation, {show(alone)}."
+        svg = charts.curves(history, quantity, best_epoch=best_epoch, told=told, head_alone=alone)
+        made.append((quantity.capitalize(), svg, told))
     return made
+
+
+def _fine_tune(
+    facts: Mapping[str, Any] | None, history: Sequence[Mapping[str, float]]
+) -> dict[str, Any] | None:
+    """What is told of fine-tuning, from run.json and fine_tune.csv; None: there was none."""
+    if not facts or not history:
+        return None
+    alone, best = facts.get("head_alone_valid", {}), facts["best_epoch"]
+    stages = {"all": "all stages", 1: "the last of 4 stages"}.get(
+        facts["blocks"], f"the last {facts['blocks']} of 4 stages"
+    )
+    count = f"{len(history)} epoch{'s' * (len(history) > 1)}"
+    if not facts["published"]:
+        lowest = min(history, key=lambda row: row.get("valid_loss", math.inf))
+        told = (
+            f"Nothing was gained by fine-tuning {stages} for {count}: on validation the lowest "
+            f"loss was {lowest['valid_loss']:.3g}"
+            + (f", that of the head alone is {alone['valid_loss']:.3g}" if alone else "")
+            + ". The head alone was kept and is published."
+        )
+    elif alone:
+        (row,) = (row for row in history if row["epoch"] == best)
+        told = (
+            f"Fine-tuning {stages} took validation accuracy from "
+            f"{pages.percent(alone['valid_accuracy'])}, by the head alone, to "
+            f"{pages.percent(row['valid_accuracy'])}, and the loss from {alone['valid_loss']:.3g} "
+            f"to {row['valid_loss']:.3g}, in epoch {best} of {len(history)}, which is published."
+        )
+    else:
+        told = (
+            f"Of fine-tuning {stages} for {count}, epoch {best} is published; what it gained is "
+            "not known without a validation split."
+        )
+    waited = (
+        f"Of the time of its steps, {pages.percent(facts['waited'])} was spent waiting for "
+        f"photographs; {facts['images_per_s']:,.1f} images/s in the mean."
+    )
+    before, after = facts.get("head_alone", {}), facts.get("fine_tuned", {})
+    return {
+        "stages": stages,
+        "told": told,
+        "waited": waited,
+        "curves": _curves(history, best, alone),
+        "history": history,
+        "splits": [(split, before[split], after[split]) for split in before if split in after],
+        "best_epoch": best,
+    }
 
 
 def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> dict[str, Any]:
@@ -433,7 +500,9 @@ def _table(root: str, name: str) -> list[dict[str, Any]]:
 
 
 def _stages(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    seconds, rates = facts["seconds"], facts.get("images_per_second", {})
+    seconds, rates = facts["seconds"], dict(facts.get("images_per_second", {}))
+    if "fine_tune" in facts:
+        rates["fine_tune"] = facts["fine_tune"]["images_per_s"]
     longest = max((value for stage, value in seconds.items() if stage != "total"), default=1.0)
     return [
         {

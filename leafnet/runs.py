@@ -209,9 +209,10 @@ def _train_on(
     scores = _scores(result, index)
     network = _Network(weights, reference, head, result)
     tuned: dict[str, Any] = {}
+    tuned_history: list[dict[str, float]] = []
     if settings.fine_tune.blocks:
         storage.write_json(storage.join(run, "metrics_head.json"), scores)
-        network, tuned = _fine_tune(
+        network, tuned, tuned_history = _fine_tune(
             settings,
             index,
             network,
@@ -223,6 +224,7 @@ def _train_on(
             survival=survival,
             run=run,
             seconds=seconds,
+            watchers=(events.fine_tune_epoch, tracker.fine_tune_epoch),
         )
         if network.weights is not weights:
             tuned["head_alone"] = _short(scores)
@@ -233,7 +235,7 @@ def _train_on(
     calibrated = _calibration(result, scores, index.class_names)
     held.check()
     restarts = [vars(one) for one in result.restarts]
-    _write_results(run, result.state.history, scores, index, events, restarts)
+    _write_results(run, result.state.history, tuned_history, scores, index, events, restarts)
     thresholds, effects = _review(settings, result)
     int8, int8_review = None, None
     int8_report: dict[str, Any] = {}
@@ -309,6 +311,7 @@ def _train_on(
         scores,
         tags={"model_id": model_id, "model": storage.join(run, "model")},
         parameters=config.flat(settings.model_dump(mode="json")),
+        fine_tune=tuned_history,
     )
     _say_results(run, scores, model_id, seconds["total"], result.state)
     say(f"report    {told}")
@@ -756,8 +759,12 @@ def _fine_tune(
     survival: Survival,
     run: str,
     seconds: dict[str, float],
-) -> tuple[_Network, dict[str, Any]]:
-    """(the network to publish, what is told of it): `before` itself where tuning did not help."""
+    watchers: Sequence[Callable[[dict[str, float]], None]],
+) -> tuple[_Network, dict[str, Any], list[dict[str, float]]]:
+    """(the network to publish, what is told of it, the history).
+
+    The network is `before` itself where tuning did not help.
+    """
     began, state = time.monotonic(), before.result.state
     job = tuning.TuneJob(
         settings=settings.fine_tune,
@@ -765,6 +772,7 @@ def _fine_tune(
         class_weights=settings.head.class_weights,
         seed=settings.seed,
         save_every_s=settings.checkpoint.every_seconds,
+        save_every_steps=settings.checkpoint.every_steps,
         identity=_identity(settings, index, before.weights, precision),
         index=index,
         weights=before.reference,
@@ -774,7 +782,13 @@ def _fine_tune(
         threads=max(1, round(cpus)),
     )
     made, restarts = _tune_stages(
-        job, run, workers=workers, cpus=cpus, gpu=machines.gpus > 0, survival=survival
+        job,
+        run,
+        workers=workers,
+        cpus=cpus,
+        gpu=machines.gpus > 0,
+        survival=survival,
+        watchers=watchers,
     )
     # With those of the head, whose result the network to publish goes on from.
     before = before._replace(
@@ -788,13 +802,15 @@ def _fine_tune(
         "published": made.best_epoch > 0,
         "epochs": made.epoch,
         "best_epoch": made.best_epoch,
+        # Without temperature, as the history; {} without a validation split.
+        "head_alone_valid": made.head_alone,
         "images_per_s": images
         / sum(index.examples("train") / row["images_per_s"] for row in made.history),
         "waited": sum(row["waited"] for row in made.history) / len(made.history),
     }
     if not made.best_epoch:
         say("fine-tune validation did not improve over the head alone, which is published")
-        return before, told
+        return before, told, made.history
     began = time.monotonic()
     weights = tuning.merged(before.weights, made)
     told["fingerprint"] = weights.fingerprint
@@ -820,7 +836,7 @@ def _fine_tune(
     )
     result = replace(before.result, **found.changes)
     seconds["fine_tuned_features"] = time.monotonic() - began
-    return _Network(weights, reference, found.head, result), told
+    return _Network(weights, reference, found.head, result), told, made.history
 
 
 def _tune_stages(
@@ -831,6 +847,7 @@ def _tune_stages(
     cpus: float,
     gpu: bool,
     survival: Survival,
+    watchers: Sequence[Callable[[dict[str, float]], None]],
 ) -> tuple[tuning.Tuned, list[Restart]]:
     examples, epochs = job.index.examples("train"), job.settings.epochs
     batch = min(job.settings.batch_size, examples)
@@ -839,6 +856,8 @@ def _tune_stages(
 
         def on_epoch(row: dict[str, float]) -> None:
             say(_epoch_line(row, epochs) + ("   best" if row["best"] else ""))
+            for watch in watchers:
+                watch(row)
 
         return tuning.fine_tune(
             job,
@@ -874,6 +893,7 @@ def _csv(history: Sequence[Mapping[str, float]]) -> bytes:
 def _write_results(
     run: str,
     history: Sequence[dict[str, float]],
+    tuned_history: Sequence[dict[str, float]],
     scores: Mapping[str, Any],
     index: ShardIndex,
     events: tensorboard.EventLog,
@@ -896,6 +916,7 @@ def _write_results(
         scores,
         images={"confusion": confusion},
         samples=tensorboard.sample_photographs(index, shown),
+        fine_tune=tuned_history,
     )
     before = scores[shown].get("before_temperature", {"calibration": (), "ece": 0.0})
     storage.write_bytes(

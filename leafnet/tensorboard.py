@@ -4,6 +4,7 @@
 
 A folder for each split, so that the curves of train and valid share a chart. Each has one file,
 which grows with every epoch and is written anew where a run goes on: an epoch is in it once.
+Fine-tuning counts its epochs anew, and has tags of its own, `fine_tune/…`, in the same files.
 """
 
 import io
@@ -30,6 +31,12 @@ _SCALARS = {
     },
     "valid": {"loss": "valid_loss", "accuracy": "valid_accuracy"},
 }
+_TUNED = "fine_tune/"
+_SCALARS_TUNED = {
+    split: {_TUNED + tag: name for tag, name in tags.items()} for split, tags in _SCALARS.items()
+}
+_SCALARS_TUNED["train"] |= {_TUNED + name: name for name in ("images_per_s", "waited")}
+_STAGES = (_SCALARS, _SCALARS_TUNED)
 _RESULTS = ("accuracy", "macro_f1", "log_loss", "ece")
 _MAX_CLASSES = 24  # more samples would bury the rest
 _SAMPLES, _SAMPLE_PX = 4, 160
@@ -47,11 +54,17 @@ class EventLog:
         self._files = {split: _File(storage.join(self._folder, split)) for split in SPLITS}
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Add a row of the history; rows of this epoch and later ones, if there are, go."""
-        for split, tags in _SCALARS.items():
-            values = {tag: row[name] for tag, name in tags.items() if name in row}
-            if values:
-                self._files[split].add(int(row["epoch"]), _scalars(int(row["epoch"]), values))
+        """Add a row of the head's history; rows of this epoch and later ones, if there are, go."""
+        self._add(0, row)
+
+    def fine_tune_epoch(self, row: Mapping[str, float]) -> None:
+        """The same of fine-tuning, which comes after the head."""
+        self._add(1, row)
+
+    def _add(self, stage: int, row: Mapping[str, float]) -> None:
+        place = (stage, int(row["epoch"]))
+        for split, values in _values(stage, row).items():
+            self._files[split].add(place, _scalars(place[1], values))
 
     def results(
         self,
@@ -60,22 +73,25 @@ class EventLog:
         *,
         images: Mapping[str, bytes],
         samples: Mapping[str, bytes],
+        fine_tune: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """Add what the run came to, and the epochs that a kill kept from the files.
 
         Args:
-            history: of the whole run.
+            history: of the whole fit of the head.
             scores: `metrics.scores` of each split; pictures go to the first of them.
             images: tag -> PNG.
             samples: class -> PNG, of photographs.
+            fine_tune: history of the whole fine-tuning, if there was one.
         """
         last = int(history[-1]["epoch"])
-        for split, tags in _SCALARS.items():
-            known = self._files[split].steps()
-            for row in history:
-                if any(name in row for name in tags.values()) and int(row["epoch"]) not in known:
-                    values = {tag: row[name] for tag, name in tags.items() if name in row}
-                    self._files[split].put(int(row["epoch"]), _scalars(int(row["epoch"]), values))
+        known = {split: file.places() for split, file in self._files.items()}
+        for stage, rows in enumerate((history, fine_tune)):
+            for row in rows:
+                place = (stage, int(row["epoch"]))
+                for split, values in _values(stage, row).items():
+                    if place not in known[split]:
+                        self._files[split].put(place, _scalars(place[1], values))
         for place, (split, of_split) in enumerate(scores.items()):
             values = {f"final/{name}": of_split[name] for name in _RESULTS}
             if len(of_split["per_class"]) <= _MAX_CLASSES:
@@ -87,9 +103,18 @@ class EventLog:
                     events += _image(last, tag, png)
                 for name, png in samples.items():
                     events += _image(last, f"samples/{name}", png)
-            self._files[split].put(last, events, over=_SCALARS.get(split, {}))
+            self._files[split].put((0, last), events, over=_SCALARS.get(split, {}))
         for file in self._files.values():
             file.write()
+
+
+def _values(stage: int, row: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What `row` says: split -> tag -> value."""
+    found = {
+        split: {tag: row[name] for tag, name in tags.items() if name in row}
+        for split, tags in _STAGES[stage].items()
+    }
+    return {split: values for split, values in found.items() if values}
 
 
 def sample_photographs(index: ShardIndex, split: str) -> dict[str, bytes]:
@@ -119,24 +144,28 @@ def _strip(tiles: Sequence[Image.Image]) -> bytes:
     return sink.getvalue()
 
 
+# Where events stand in a file: (0 for the head or 1 for fine-tuning, epoch).
+_Place = tuple[int, int]
+
+
 class _File:
-    """The events of one split: step -> its events, as they are on disk."""
+    """The events of one split: place -> its events, as they are on disk."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._url: str | None = None  # none: nothing written by this start
-        self._events: dict[int, list[Any]] | None = None
+        self._events: dict[_Place, list[Any]] | None = None
 
-    def steps(self) -> set[int]:
+    def places(self) -> set[_Place]:
         return set(self._load())
 
-    def add(self, step: int, events: list[Any]) -> None:
-        """Put the events of the latest step, and write them."""
+    def add(self, place: _Place, events: list[Any]) -> None:
+        """Put the events of the latest place, and write them."""
         before = self._load()
-        goes_on = self._url is not None and (not before or step > max(before))
-        for later in [known for known in before if known >= step]:
+        goes_on = self._url is not None and (not before or place > max(before))
+        for later in [known for known in before if known >= place]:
             del before[later]
-        before[step] = events
+        before[place] = events
         if goes_on and storage.is_local(self._folder):
             assert self._url is not None
             with open(self._url, "ab") as file:
@@ -146,15 +175,17 @@ class _File:
         else:
             self.write()
 
-    def put(self, step: int, events: list[Any], *, over: Mapping[str, str] | None = None) -> None:
-        """Put events to be written; of those of the same step only the tags `over` stay."""
+    def put(
+        self, place: _Place, events: list[Any], *, over: Mapping[str, str] | None = None
+    ) -> None:
+        """Put events to be written; of those of the same place only the tags `over` stay."""
         before = self._load()
         kept = [
             event
-            for event in before.get(step, [])
+            for event in before.get(place, [])
             if over and {value.tag for value in event.summary.value} <= set(over)
         ]
-        before[step] = kept + events
+        before[place] = kept + events
 
     def write(self) -> None:
         """Write all anew, under a name that TensorBoard takes for a later one."""
@@ -170,9 +201,9 @@ class _File:
                 storage.delete(storage.join(self._folder, file))
 
     def _store(self, url: str) -> None:
-        steps = self._load()
-        events = [_opening(), _restart(min(steps))]
-        events += [event for step in sorted(steps) for event in steps[step]]
+        places = self._load()
+        events = [_opening(), _restart(min(epoch for _, epoch in places))]
+        events += [event for place in sorted(places) for event in places[place]]
         storage.write_bytes(url, b"".join(map(_record, events)))
 
     def _load(self) -> dict[int, list[Any]]:
@@ -184,7 +215,8 @@ class _File:
             for name in names[-1:]:
                 for event in _read(storage.read_bytes(storage.join(self._folder, name))):
                     if event.HasField("summary"):
-                        self._events.setdefault(event.step, []).append(event)
+                        stage = int(event.summary.value[0].tag.startswith(_TUNED))
+                        self._events.setdefault((stage, event.step), []).append(event)
         return self._events
 
 

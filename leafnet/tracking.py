@@ -23,8 +23,14 @@ FILE = "mlflow.json"  # in the run's folder: which run of MLflow it is
 ARTIFACTS = (
     *("config.yaml", "history.csv", "metrics.json", "run.json", "search.json"),
     *("cross_validation.json", "curves.png", "confusion.png", "report.html"),
+    *("fine_tune.csv", "metrics_head.json"),
 )
-_EPOCH = ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate")
+_EPOCH = (
+    *("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate"),
+    *("images_per_s", "waited"),  # of fine-tuning
+)
+# Before the names of what is of fine-tuning, which counts its epochs anew.
+_TUNED = "fine_tune/"
 _FINAL = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece")
 _EVERY_S = 2.0  # metrics are sent this often
 _AWAY_S = 60.0  # a server that did not answer is asked again after so long
@@ -104,8 +110,9 @@ class Tracker:
         self._parameters = {key: _text(value) for key, value in parameters.items()}
         self._client: Any = None
         self._id: str | None = None
-        self._known: set[int] = set()  # epochs that MLflow has
-        self._waiting: list[tuple[int, Mapping[str, float]]] = []  # (time [ms], row)
+        self._known: set[tuple[str, int]] = set()  # (prefix, epoch) that MLflow has
+        # (time [ms], prefix, row)
+        self._waiting: list[tuple[int, str, Mapping[str, float]]] = []
         self._next = 0.0
         self._away = False
 
@@ -115,10 +122,17 @@ class Tracker:
             say(f"mlflow    run {self._id} of experiment {self._experiment} at {_told(self._uri)}")
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Take a row of the history."""
+        """Take a row of the head's history."""
+        self._take("", row)
+
+    def fine_tune_epoch(self, row: Mapping[str, float]) -> None:
+        """Take a row of the history of fine-tuning."""
+        self._take(_TUNED, row)
+
+    def _take(self, prefix: str, row: Mapping[str, float]) -> None:
         if not self._uri:
             return
-        self._waiting.append((_now_ms(), row))
+        self._waiting.append((_now_ms(), prefix, row))
         if time.monotonic() >= self._next:
             self._try(self._send)
 
@@ -129,19 +143,26 @@ class Tracker:
         *,
         tags: Mapping[str, str],
         parameters: Mapping[str, Any],
+        fine_tune: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """Send what the run came to, with its files, and close it.
 
         Args:
-            history: of the whole run; of it goes what MLflow does not have.
+            history: of the whole fit of the head; of it goes what MLflow does not have.
             scores: `metrics.scores` of each split.
             tags: such as the model's id.
             parameters: the settings as they were in the end; those that a search changed.
+            fine_tune: history of the whole fine-tuning, if there was one.
         """
         if not self._uri:
             return
-        waiting = {row["epoch"] for _, row in self._waiting}
-        self._waiting += [(_now_ms(), row) for row in history if row["epoch"] not in waiting]
+        waiting = {(prefix, row["epoch"]) for _, prefix, row in self._waiting}
+        self._waiting += [
+            (_now_ms(), prefix, row)
+            for prefix, rows in (("", history), (_TUNED, fine_tune))
+            for row in rows
+            if (prefix, row["epoch"]) not in waiting
+        ]
         found = {
             f"chosen.{key}": _text(value)
             for key, value in parameters.items()
@@ -231,8 +252,11 @@ class Tracker:
             )
         else:
             self._client.update_run(run.info.run_id, status="RUNNING")
-            history = self._client.get_metric_history(run.info.run_id, _EPOCH[0])
-            self._known = {metric.step for metric in history}
+            self._known = {
+                (prefix, metric.step)
+                for prefix in ("", _TUNED)
+                for metric in self._client.get_metric_history(run.info.run_id, prefix + _EPOCH[0])
+            }
         self._id = run.info.run_id
         self._client.set_tag(self._id, "leafnet.run", self._run)
         self._log_parameters(
@@ -258,11 +282,11 @@ class Tracker:
     def _send(self) -> None:
         from mlflow.entities import Metric
 
-        new = {int(row["epoch"]): (at_ms, row) for at_ms, row in self._waiting}
+        new = {(prefix, int(row["epoch"])): (at_ms, row) for at_ms, prefix, row in self._waiting}
         metrics = [
-            Metric(name, float(row[name]), at_ms, epoch)
-            for epoch, (at_ms, row) in new.items()
-            if epoch not in self._known
+            Metric(prefix + name, float(row[name]), at_ms, epoch)
+            for (prefix, epoch), (at_ms, row) in new.items()
+            if (prefix, epoch) not in self._known
             for name in _EPOCH
             if name in row
         ]

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,21 +33,23 @@ _PIECE_BYTES = 64 * 2**20
 # Workers hear of each other so often, in seconds: a state asked for is saved within that time.
 _PIECE_S = 1.0
 _FIRST_PIECE = 8  # steps, before it is known how long one takes
+# The share of the time that goes into saving a large state within an epoch, at the most.
+_SAVING = 0.02
 
 # (indices of examples [M], epoch) -> features [M, D] of the view that this epoch takes of each.
 Gather = Callable[[NDArray[np.int64], int], NDArray[np.floating]]
 # Called by every worker after each epoch with its row of the history.
 Report = Callable[[dict[str, float]], None]
-# Called by every worker after the same step when it is time to save; only rank 0 gets the state.
-Save = Callable[[TrainState | None], None]
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
-class Saving:
+class Saving(Generic[State]):
     """When the state is saved. At the end of the fit it always is."""
 
-    save: Save
-    every_s: float  # when the last is this old; 0: at the end of every epoch
+    # Called by every worker after the same step when it is time; only rank 0 gets the state.
+    save: Callable[[State | None], None]
+    every_s: float  # when the last is this old, see `Clock.due`; 0: at the end of every epoch
     every_steps: int | None = None
     # False while the last saved state is still on its way: then the next is left out.
     ready: Callable[[], bool] = lambda: True
@@ -152,7 +154,7 @@ def fit_head(
     seed: int,
     place: Place,
     report: Report,
-    saving: Saving | None = None,
+    saving: Saving[TrainState] | None = None,
     hooks: Hooks | None = None,
     state: TrainState | None = None,
 ) -> TrainState:
@@ -211,7 +213,7 @@ def fit_head(
             best_epoch=0,
             best_loss=math.inf,
         )
-    clock = _Clock(saving, steps)
+    clock = Clock(saving, steps)
 
     # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
     @functools.lru_cache(maxsize=1)
@@ -239,7 +241,7 @@ def fit_head(
         losses = sums[:piece]
         correct, valid_loss, valid_correct, taken, due_sum, leave_sum = sums[piece:]
         hooks.started()
-        _refuse_non_finite(losses, first_step=first, epoch=epoch)
+        refuse_non_finite(losses, first_step=first, epoch=epoch, mend="--head.learning_rate")
         clock.took(taken / place.workers / piece)
         state.step = first + piece
         state.losses = np.concatenate([state.losses, losses])
@@ -265,10 +267,11 @@ def fit_head(
             report(row)
         finished = _finished(state, settings)
         if saving and (due_sum or leave_sum or finished):
+            began = time.monotonic()
             hooks.doing(f"saving the state after step {state.step}")
             state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
             saving.save(state if place.rank == 0 else None)
-            clock.saved()
+            clock.saved(time.monotonic() - began)
         elif finished:
             state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
         if leave_sum and not finished:
@@ -276,17 +279,26 @@ def fit_head(
     return state
 
 
-class _Clock:
-    """How many steps to take at once, and when the state has to be saved."""
+class Clock:
+    """How many steps to take at once, and when the state has to be saved.
 
-    def __init__(self, saving: Saving | None, steps: int) -> None:
-        self._saving, self._steps = saving, steps  # of an epoch
+    Args:
+        saving: when it is; none: never.
+        steps: of an epoch.
+        first: steps to take at once before it is known how long one takes.
+    """
+
+    def __init__(
+        self, saving: Saving[Any] | None, steps: int, *, first: int = _FIRST_PIECE
+    ) -> None:
+        self._saving, self._steps, self._first = saving, steps, first
         self._step_s: float | None = None
         self._saved = time.monotonic()
+        self._save_s = 0.0  # that it took the last time
 
     def piece(self, step: int, epoch: int, *, most: int) -> int:
         """How many steps come after `step`, within `epoch`; the same on every worker."""
-        wanted = _FIRST_PIECE if self._step_s is None else int(_PIECE_S / self._step_s)
+        wanted = self._first if self._step_s is None else int(_PIECE_S / self._step_s)
         piece = max(1, min(wanted, most, (epoch + 1) * self._steps - step))
         every = self._saving.every_steps if self._saving else None
         return min(piece, every - step % every) if every else piece
@@ -296,15 +308,20 @@ class _Clock:
         self._step_s = max(step_s, 1e-6)
 
     def due(self, step: int, *, ends: bool) -> bool:
+        """True when the state after `step` is to be saved; `ends`: an epoch is over with it."""
         if self._saving is None or not self._saving.ready():
             return False
         every_s, every_steps = self._saving.every_s, self._saving.every_steps
         if every_steps and step % every_steps == 0:
             return True
-        return (ends or every_s > 0) and time.monotonic() - self._saved >= every_s
+        age = time.monotonic() - self._saved
+        if ends:
+            return age >= every_s
+        return every_s > 0 and age >= max(every_s, self._save_s / _SAVING)
 
-    def saved(self) -> None:
-        self._saved = time.monotonic()
+    def saved(self, seconds: float) -> None:
+        """Hear that the state is saved now, and how long that took."""
+        self._saved, self._save_s = time.monotonic(), seconds
 
 
 def _finished(state: TrainState, settings: HeadSettings) -> bool:
@@ -314,13 +331,19 @@ def _finished(state: TrainState, settings: HeadSettings) -> bool:
     return settings.patience is not None and state.epoch > 0 and waited >= settings.patience
 
 
-def _refuse_non_finite(losses: NDArray[np.float64], *, first_step: int, epoch: int) -> None:
+def refuse_non_finite(
+    losses: NDArray[np.float64], *, first_step: int, epoch: int, mend: str
+) -> None:
+    """Refuse to go on where a loss of the steps from `first_step` on is not a number.
+
+    Raises:
+        UserError: which steps, and the setting `mend` to be lowered.
+    """
     bad = np.flatnonzero(~np.isfinite(losses)) + first_step
     if bad.size:
         raise UserError(
             "loss-not-finite",
-            f"the training loss is not finite in epoch {epoch + 1}, at {_steps(bad)}; "
-            "lower --head.learning_rate",
+            f"the training loss is not finite in epoch {epoch + 1}, at {_steps(bad)}; lower {mend}",
         )
 
 

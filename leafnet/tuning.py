@@ -25,7 +25,7 @@ from leafnet.features import DamagedParts
 from leafnet.finetune import TuneState
 from leafnet.fitting import HeadJob
 from leafnet.shards import ShardIndex
-from leafnet.training import Place
+from leafnet.training import Place, Saving
 from leafnet.workers import Post, Restart, Survival
 
 _FOLDER = "fine_tune"  # Ray Train's folder in that of the run
@@ -56,6 +56,7 @@ class TuneJob:
     precision: str
     image_size: int
     threads: int  # of each worker, to decode
+    save_every_steps: int | None = None
 
 
 class Tuned(NamedTuple):
@@ -89,7 +90,7 @@ def fine_tune(
         gpu: a GPU for each.
         storage_path: folder or URL of the run.
         on_epoch: called with each row of the history.
-        on_images: called with counts of images as they are trained on.
+        on_images: called with counts of images as they are trained on, each image of an epoch once.
         survival: what is done about failures.
 
     Returns:
@@ -100,13 +101,17 @@ def fine_tune(
     """
     results: list[Tuned] = []
     on_row = workers.each_once(on_epoch)
+    images = 0
 
     def on_event(event: tuple[str, Any]) -> None:
+        nonlocal images
         kind, value = event
         if kind == "epoch":
             on_row(value)
         elif kind == "images":
-            on_images(value)
+            if value > images:  # after a restart some come again
+                on_images(value - images)
+                images = value
         else:
             results.append(value)
 
@@ -143,16 +148,17 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
     )
     advance = _Progress(post if place.rank == 0 else None)
 
-    def report(row: dict[str, float], state: TuneState | None, save: bool) -> None:
+    def report(row: dict[str, float]) -> None:
+        advance.flush()
+        if place.rank == 0:
+            post(("epoch", row))
+
+    def save(state: TuneState | None) -> None:
         def write(folder: str) -> None:
             assert state is not None
             finetune.save(folder, state, identity=job.identity)
 
-        advance.flush()
-        if place.rank == 0:
-            post(("epoch", row))
-        if save:
-            workers.keep(write if state is not None else None, step=int(row["step"]))
+        workers.keep(write if state is not None else None, step=state.step if state else 0)
 
     state = None
     url = workers.newest_checkpoint(folder_url)
@@ -170,9 +176,9 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
         num_classes=len(job.class_names),
         seed=job.seed,
         place=place,
-        save_every_s=job.save_every_s,
         report=report,
         advance=advance,
+        saving=Saving(save, job.save_every_s, job.save_every_steps, workers.uploaded),
         hooks=hooks,
         state=state,
     )
@@ -193,20 +199,20 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
 
 
 class _Progress:
-    """Counts of images to the driver, now and then."""
+    """The count of images of the whole stage to the driver, now and then."""
 
     def __init__(self, post: Post | None) -> None:
-        self._post, self._waiting, self._last = post, 0, 0.0
+        self._post, self._images, self._last = post, 0, 0.0
 
     def __call__(self, count: int) -> None:
-        self._waiting += count
+        self._images += count
         if time.monotonic() - self._last >= _POST_S:
             self.flush()
 
     def flush(self) -> None:
-        if self._post and self._waiting:
-            self._post(("images", self._waiting))
-        self._waiting, self._last = 0, time.monotonic()
+        if self._post:
+            self._post(("images", self._images))
+        self._last = time.monotonic()
 
 
 def merged(weights: backbone.Weights, tuned: Tuned) -> backbone.Weights:

@@ -4,7 +4,10 @@ import itertools
 from html.parser import HTMLParser
 from typing import Any
 
-_ALLOWED = ("#", "file:", "https:", "http:", "data:,", "model/", "metrics", "history", "config")
+_ALLOWED = (
+    *("#", "file:", "https:", "http:", "data:,"),
+    *("model/", "metrics", "history", "config", "fine_tune"),
+)
 
 
 class Parsed(HTMLParser):

@@ -1,3 +1,8 @@
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +174,33 @@ def test_trained_weights_are_float32_in_bfloat16(weights_file: str, images: np.n
     assert {variable.dtype for variable in parts.trained.trainable_variables} == {"float32"}
     whole = backbone.build(weights, image_size=SIZE, precision="bfloat16")
     assert relative_error(np.asarray(parts.trained(maps)), np.asarray(whole(images))) < 0.01
+
+
+def test_batches_are_made_ahead_until_nobody_takes_them() -> None:
+    made: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    before = threading.active_count()
+    with closing(backbone.ahead(batches(), depth=2)) as taken:
+        assert list(itertools.islice(taken, 3)) == [0, 1, 2]
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, "the thread goes on"
+        time.sleep(0.01)
+    assert len(made) <= 3 + 2 + 1
+
+
+def test_what_goes_wrong_ahead_is_met_in_its_place() -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise ValueError("the second")
+
+    taken = backbone.ahead(batches())
+    assert next(taken) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(taken)
+    assert list(backbone.ahead(iter([1, 2, 3]), depth=1)) == [1, 2, 3]

@@ -45,6 +45,23 @@ def test_curves_of_values_that_are_not_finite() -> None:
     assert charts.curves(history, "accuracy", best_epoch=2, told="t") == ""
 
 
+def test_curves_beside_what_was_before() -> None:
+    history = [
+        {"epoch": float(e), "train_accuracy": 0.9, "valid_accuracy": 0.9 - 0.01 * e} for e in (1, 2)
+    ]
+    root = drawn(charts.curves(history, "accuracy", best_epoch=0, told="t", head_alone=0.885))
+    classes = [path.get("class") for path in root.iter("path")]
+    assert "before" in classes
+    assert "mark" not in classes, "no epoch is the best"
+    names = {"".join(each.itertext()): float(each.get("y", "")) for each in root.iter("text")}
+    places = [names[name] for name in ("train", "head", "valid")]
+    assert min(np.diff(places)) >= 14 - 0.2, "one name hides another"
+    lowest = drawn(charts.curves(history, "accuracy", best_epoch=1, told="t", head_alone=0.2))
+    (line,) = (path for path in lowest.iter("path") if path.get("class") == "before")
+    height = float(re.findall(r"M\S+ ([\d.]+)H", line.get("d", ""))[0])
+    assert height < 250 - 40, "it is inside the picture"
+
+
 def test_a_histogram_with_and_without_what_it_is_compared_with() -> None:
     found = Histogram(0.0, 1.0, np.arange(BINS))
     both = drawn(

@@ -59,7 +59,7 @@ def test_other_version_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(), identity=IDENTITY)
     manifest = str(tmp_path / "manifest.json")
     storage.write_json(manifest, {**storage.read_json(manifest), "version": 99})
-    with pytest.raises(UserError, match="has version 99, this leafnet reads 2"):
+    with pytest.raises(UserError, match="has version 99, this leafnet reads 3"):
         checkpoint.load(tmp_path, identity=IDENTITY)
 
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import ray
 
-from leafnet import backbone, bundle, finetune, metrics, runs, shards, storage, tuning
+from leafnet import (
+    backbone,
+    bundle,
+    checkpoint,
+    finetune,
+    metrics,
+    runs,
+    shards,
+    storage,
+    tuning,
+)
 from leafnet.classifier import head_logits, initial_head
 from leafnet.config import FineTuneSettings, TrainSettings
 from leafnet.errors import UserError
@@ -14,8 +24,10 @@ from leafnet.finetune import TuneState, TuningData
 from leafnet.images import decode
 from leafnet.photographs import open_split
 from leafnet.shards import ShardIndex
-from leafnet.training import Place
+from leafnet.training import Hooks, Leaving, Place, Saving
 from leafnet.workers import Survival
+from tests import test_tensorboard
+from tests.markup import check
 
 SIZE = 32
 SETTINGS = {"blocks": 1, "epochs": 2, "batch_size": 12, "mixup": 0.4, "cutmix": 1.0}
@@ -37,14 +49,17 @@ def fit(
     state: TuneState | None = None,
     *,
     local_gb: float = 1,
+    every_steps: int | None = None,
+    hooks: Hooks | None = None,
+    saved: list[TuneState] | None = None,
     **settings: Any,
 ) -> tuple[TuneState, list[TuneState]]:
     """(the last state, a copy of each that was saved), in this process."""
-    saved: list[TuneState] = []
+    kept: list[TuneState] = [] if saved is None else saved
 
-    def report(row: dict[str, float], state: TuneState | None, save: bool) -> None:
-        if state:
-            saved.append(dataclasses.replace(state, history=list(state.history)))
+    def save(state: TuneState | None) -> None:
+        assert state is not None
+        kept.append(dataclasses.replace(state, history=list(state.history)))
 
     train, valid = (
         open_split(
@@ -68,12 +83,33 @@ def fit(
         num_classes=3,
         seed=0,
         place=Place(0, 1),
-        save_every_s=0,
-        report=report,
+        report=lambda row: None,
         advance=lambda count: None,
+        saving=Saving(save, 0, every_steps),
+        hooks=hooks,
         state=state,
     )
-    return final, saved
+    return final, kept
+
+
+@pytest.fixture(scope="module")
+def whole(data_set: ShardIndex, weights: backbone.Weights) -> tuple[TuneState, list[TuneState]]:
+    """A fit of two epochs of three steps that was not interrupted, and its state at each step."""
+    return fit(data_set, weights, every_steps=1)
+
+
+def equals(found: TuneState, expected: TuneState) -> None:
+    """Bit for bit, but for what the clock says."""
+    for name in ("weights", "first", "second", "average", "best"):
+        assert largest_difference(getattr(found, name), getattr(expected, name)) == 0
+    assert (found.best_epoch, found.best_loss) == (expected.best_epoch, expected.best_loss)
+    assert found.head_alone == expected.head_alone
+    assert len(found.history) == len(expected.history)
+    times = ("images_per_s", "waited")
+    for row, other in zip(found.history, expected.history, strict=True):
+        assert {k: v for k, v in row.items() if k not in times} == {
+            k: v for k, v in other.items() if k not in times
+        }
 
 
 def largest_difference(found: finetune.Arrays, expected: finetune.Arrays) -> float:
@@ -81,35 +117,88 @@ def largest_difference(found: finetune.Arrays, expected: finetune.Arrays) -> flo
     return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
 
 
+@pytest.mark.parametrize("step", [3, 5])
 def test_going_on_from_a_checkpoint_changes_nothing(
-    data_set: ShardIndex, weights: backbone.Weights, tmp_path: Path
+    step: int,
+    data_set: ShardIndex,
+    weights: backbone.Weights,
+    whole: tuple[TuneState, list[TuneState]],
+    tmp_path: Path,
 ) -> None:
-    final, saved = fit(data_set, weights)
-    assert [state.epoch for state in saved] == [1, 2]
+    """Between two epochs, and inside the second one."""
+    final, saved = whole
+    assert [state.step for state in saved] == [1, 2, 3, 4, 5, 6]
     identity = {"seed": 0}
-    finetune.save(tmp_path, saved[0], identity=identity)
+    finetune.save(tmp_path, saved[step - 1], identity=identity)
     initial = finetune.initial_arrays(weights.convolutions, probe().head, 1)
     loaded = finetune.load(tmp_path, initial, identity=identity)
+    assert (loaded.epoch, loaded.step, loaded.losses.size) == (1, step, step - 3)
     again, _ = fit(data_set, weights, loaded)
-    for name in ("weights", "first", "second", "average", "best"):
-        assert largest_difference(getattr(again, name), getattr(final, name)) == 0
-    assert (again.best_epoch, again.best_loss) == (final.best_epoch, final.best_loss)
-    for found, expected in zip(again.history, final.history, strict=True):
-        times = ("images_per_s", "waited")
-        assert {k: v for k, v in found.items() if k not in times} == {
-            k: v for k, v in expected.items() if k not in times
-        }
-    # The trained stage and the head moved, each by a small part of its own scale.
-    for name, before in initial.items():
-        if name.endswith("kernel"):
-            moved = np.abs(final.weights[name] - before).max() / np.sqrt((before**2).mean())
-            assert 1e-4 < moved < 0.1, name
+    equals(again, final)
+
+
+def small(number: float) -> finetune.Arrays:
+    return {"head/0/kernel": np.full((2, 3), number, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("best_epoch", "losses", "best"), [(0, [], 9), (0, [0.5], 9), (2, [], 4), (2, [0.5], 5)]
+)
+def test_a_checkpoint_has_the_best_weights(
+    best_epoch: int, losses: list[float], best: int, tmp_path: Path
+) -> None:
+    """What fine-tuning began from, the average right after the best epoch, or those kept since."""
+    state = TuneState(
+        *(2, 6 + len(losses), small(1), small(2), small(3), small(4), small(5)),
+        *(best_epoch, 0.25, {"valid_loss": 0.5}, [{"epoch": 1.0}]),
+        *(np.array(losses), 7.0, 2.5, 0.125),
+    )
+    finetune.save(tmp_path, state, identity={"seed": 0})
+    found = finetune.load(tmp_path, small(9), identity={"seed": 0})
+    assert found.best["head/0/kernel"][0, 0] == best
+    assert found.losses.tolist() == losses
+    assert (found.step, found.correct, found.seconds, found.waited) == (state.step, 7.0, 2.5, 0.125)
 
     with pytest.raises(UserError, match="started with seed 0, not 1"):
-        finetune.load(tmp_path, initial, identity={"seed": 1})
+        finetune.load(tmp_path, small(9), identity={"seed": 1})
     (tmp_path / "arrays.npz").write_bytes(b"damaged")
     with pytest.raises(UserError, match="is damaged"):
-        finetune.load(tmp_path, initial, identity=identity)
+        finetune.load(tmp_path, small(9), identity={"seed": 0})
+
+
+def test_the_trained_stage_and_the_head_move_each_by_a_small_part_of_its_own_scale(
+    weights: backbone.Weights, whole: tuple[TuneState, list[TuneState]]
+) -> None:
+    for name, before in finetune.initial_arrays(weights.convolutions, probe().head, 1).items():
+        if name.endswith("kernel"):
+            moved = np.abs(whole[0].weights[name] - before).max() / np.sqrt((before**2).mean())
+            assert 1e-4 < moved < 0.1, name
+
+
+def leaving_at(what: str) -> Hooks:
+    """Hooks of a worker that is asked to leave when it tells of `what`."""
+    told: list[str] = []
+    return Hooks(doing=told.append, leave=lambda: any(what in each for each in told))
+
+
+@pytest.mark.parametrize(
+    ("what", "step"), [("epoch 1, step 2 to", 2), ("validating epoch 1, 0 ", 3)]
+)
+def test_asked_to_leave_it_saves_within_the_epoch_and_the_rest_is_the_same(
+    what: str,
+    step: int,
+    data_set: ShardIndex,
+    weights: backbone.Weights,
+    whole: tuple[TuneState, list[TuneState]],
+) -> None:
+    """Validation is given up; nothing of this would have been saved by the clock."""
+    saved: list[TuneState] = []
+    with pytest.raises(Leaving, match=f"after step {step}"):
+        fit(data_set, weights, hooks=leaving_at(what), saved=saved)
+    (state,) = saved
+    assert (state.epoch, state.step, state.losses.size) == (0, step, step)
+    again, _ = fit(data_set, weights, state)
+    equals(again, whole[0])
 
 
 def test_what_does_not_help_is_not_taken(data_set: ShardIndex, weights: backbone.Weights) -> None:
@@ -135,56 +224,77 @@ def test_a_batch_that_workers_cannot_share_is_refused() -> None:
         finetune.check_batch(FineTuneSettings(batch_size=1), examples=99, workers=2)
 
 
+def tune_job(data_set: ShardIndex, weights: backbone.Weights, **more: Any) -> tuning.TuneJob:
+    return tuning.TuneJob(
+        settings=FineTuneSettings.model_validate(SETTINGS | {"epochs": 1, "learning_rate": 0.01}),
+        class_names=data_set.class_names,
+        class_weights="balanced",
+        seed=0,
+        save_every_s=0,
+        identity={},
+        index=data_set,
+        weights=ray.put(weights.convolutions),
+        probe=ray.put(probe()),
+        precision="float32",
+        image_size=SIZE,
+        threads=1,
+        **more,
+    )
+
+
+def run_job(job: tuning.TuneJob, workers: int, folder: Path) -> tuple[tuning.Tuned, int]:
+    """(what it came to, images that were told of), on Ray Train."""
+    rows: list[dict[str, float]] = []
+    images: list[int] = []
+    tuned, restarts = tuning.fine_tune(
+        job,
+        count=workers,
+        cpus_per_worker=0.75,
+        gpu=False,
+        storage_path=str(folder),
+        on_epoch=rows.append,
+        on_images=images.append,
+        survival=Survival(keep=9),
+    )
+    assert restarts == []
+    assert [row["epoch"] for row in rows] == [1]
+    return tuned, sum(images)
+
+
 @pytest.mark.ray
-def test_two_workers_take_the_steps_of_one(
+def test_two_workers_take_the_steps_of_one_also_from_inside_an_epoch(
     local_ray: None, data_set: ShardIndex, weights: backbone.Weights, tmp_path: Path
 ) -> None:
-    convolutions, start = ray.put(weights.convolutions), ray.put(probe())
-    made: list[tuning.Tuned] = []
-    for workers in (1, 2):
-        rows: list[dict[str, float]] = []
-        images: list[int] = []
-        job = tuning.TuneJob(
-            settings=FineTuneSettings.model_validate(
-                SETTINGS | {"epochs": 1, "learning_rate": 0.01}
-            ),
-            class_names=data_set.class_names,
-            class_weights="none",
-            seed=0,
-            save_every_s=0,
-            identity={},
-            index=data_set,
-            weights=convolutions,
-            probe=start,
-            precision="float32",
-            image_size=SIZE,
-            threads=1,
-        )
-        tuned, restarts = tuning.fine_tune(
-            job,
-            count=workers,
-            cpus_per_worker=0.75,
-            gpu=False,
-            storage_path=str(tmp_path / str(workers)),
-            on_epoch=rows.append,
-            on_images=images.append,
-            survival=Survival(),
-        )
-        assert restarts == []
-        made.append(tuned)
-        assert [row["epoch"] for row in rows] == [1]
-        assert sum(images) == 36
-    one, two = made
-    assert one.best_epoch == two.best_epoch == 1
-    for name, (kernel, bias) in one.convolutions.items():
-        np.testing.assert_allclose(two.convolutions[name][0], kernel, atol=1e-4)
-        np.testing.assert_allclose(two.convolutions[name][1], bias, atol=1e-4)
-        assert np.abs(kernel - weights.convolutions[name][0]).max() > 1.5e-4, "nothing was learnt"
-    for (kernel, bias), (other_kernel, other_bias) in zip(two.head, one.head, strict=True):
-        np.testing.assert_allclose(kernel, other_kernel, atol=1e-4)
-        np.testing.assert_allclose(bias, other_bias, atol=1e-4)
-    assert two.history[0]["train_loss"] == pytest.approx(one.history[0]["train_loss"], rel=1e-4)
-    assert two.history[0]["valid_loss"] == pytest.approx(one.history[0]["valid_loss"], rel=1e-4)
+    """One worker; two workers; and one that goes on from the second step of the two."""
+    one, _ = fit(data_set, weights, epochs=1, learning_rate=0.01)
+    job = tune_job(data_set, weights, save_every_steps=2)
+    two, images = run_job(job, 2, tmp_path)
+    assert images == 36
+    folder = str(tmp_path / "fine_tune")
+    third, second, *_ = checkpoint.names(folder)
+    assert second.startswith("checkpoint_000000002")
+    storage.delete(storage.join(folder, third))
+    resumed, images = run_job(job, 1, tmp_path)
+    assert images == 36
+
+    assert one.best_epoch == two.best_epoch == resumed.best_epoch == 1
+    for made in (two, resumed):
+        for name, (kernel, bias) in finetune.convolutions(one.best).items():
+            close(made.convolutions[name][0], kernel)
+            close(made.convolutions[name][1], bias)
+            moved = np.abs(kernel - weights.convolutions[name][0]).max()
+            assert moved > 1.5e-4, "nothing was learnt"
+        for layer, expected in zip(made.head, finetune.head(one.best), strict=True):
+            close(layer[0], expected[0])
+            close(layer[1], expected[1])
+        for name in ("train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
+            assert made.history[0][name] == pytest.approx(one.history[0][name], rel=1e-4)
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal to a hundred thousandth of their scale."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(scale, 1e-3))
 
 
 @pytest.mark.ray
@@ -237,3 +347,9 @@ def test_a_run_publishes_what_was_fine_tuned(
     rows = (folder / "fine_tune.csv").read_text().splitlines()
     assert len(rows) == 3
     assert rows[0].startswith("epoch,step,learning_rate")
+    for split in ("train", "valid"):
+        assert test_tensorboard.written(folder, split, "fine_tune/loss") == [1, 2]
+        assert test_tensorboard.written(folder, split, "loss") == [1]
+    page = check((folder / "report.html").read_bytes())
+    assert "Fine-tuning the last of 4 stages took validation accuracy from" in page.text
+    assert f"in epoch {told['best_epoch']} of 2, which is published" in page.text

@@ -175,3 +175,51 @@ def test_a_run_that_was_started_again_has_its_report(run: Path) -> None:
     (run / "metrics.json").write_text(json.dumps({**metrics, "restarts": [restart]}))
     report.write(str(run))
     assert (run / "report.html").read_bytes() == first
+
+
+def test_what_fine_tuning_gained(tmp_path: Path, data_set: ShardIndex) -> None:
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, data_set, fine_tuned=True)
+    report.write(str(run))
+    page = written(run)
+    gained = "took validation accuracy from 85.4 %, by the head alone, to"
+    assert f"Fine-tuning the last 2 of 4 stages {gained}" in page.text
+    assert "in epoch 17 of 20, which is published" in page.text
+    assert "1.3 % was spent waiting for photographs; 12.5 images/s" in page.text
+    assert page.text.count("Dotted: the head alone on validation") == 2
+    assert "Learning curves of the head" in page.text
+    labels = [str(svg.get("aria-label")) for svg in page.all("svg")]
+    assert sum("The best epoch is 17." in label for label in labels) == 2
+    assert "last stages and head, on photographs 12.5 8 min" in page.text
+
+
+def test_fine_tuning_that_gained_nothing(tmp_path: Path, data_set: ShardIndex) -> None:
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, data_set, fine_tuned=True)
+    facts = json.loads((run / "run.json").read_text())
+    told = facts["fine_tune"]
+    told |= {"published": False, "best_epoch": 0}
+    told["head_alone_valid"] = {"valid_loss": 0.11, "valid_accuracy": 0.97}
+    del told["head_alone"], told["fine_tuned"]
+    (run / "run.json").write_text(json.dumps(facts))
+    report.write(str(run))
+    page = written(run)
+    assert "Nothing was gained by fine-tuning the last 2 of 4 stages for 20 epochs" in page.text
+    assert "that of the head alone is 0.11. The head alone was kept" in page.text
+    assert page.text.count("No epoch was better than the head alone.") == 2
+
+
+def test_fine_tuning_without_a_validation_split(tmp_path: Path, data_set: ShardIndex) -> None:
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, data_set, fine_tuned=True)
+    (run / "fine_tune.csv").write_text("epoch,train_loss,train_accuracy\n1,0.5,0.8\n")
+    facts = json.loads((run / "run.json").read_text())
+    facts["fine_tune"] |= {"blocks": "all", "best_epoch": 1, "head_alone_valid": {}}
+    (run / "run.json").write_text(json.dumps(facts))
+    report.write(str(run))
+    page = written(run)
+    assert "Of fine-tuning all stages for 1 epoch, epoch 1 is published" in page.text
+    assert "Dotted" not in page.text

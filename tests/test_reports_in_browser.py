@@ -42,7 +42,7 @@ def reports(data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> d
     )
     run = folder / "leaves"
     run.mkdir()
-    stored.write_run(run, data_set)
+    stored.write_run(run, data_set, fine_tuned=True)
     kinds = ("confident-error", "likely-wrong-label", "confused-pair")
     items = [item for kind in kinds for item in stored.items(6, kind)]
     return {

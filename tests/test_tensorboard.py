@@ -57,10 +57,20 @@ def png(width: int) -> bytes:
     return sink.getvalue()
 
 
-def finish(log: EventLog, epochs: int) -> None:
+def tuned_row(epoch: int) -> dict[str, float]:
+    return row(epoch) | {"train_loss": 0.1 / epoch, "images_per_s": 12.0, "waited": 0.01}
+
+
+def finish(log: EventLog, epochs: int, tuned: int = 0) -> None:
     history = [row(epoch) for epoch in range(1, epochs + 1)]
     found = {split: of_split() for split in ("test", "valid", "train")}
-    log.results(history, found, images={"confusion": png(50)}, samples={"healthy": png(60)})
+    log.results(
+        history,
+        found,
+        images={"confusion": png(50)},
+        samples={"healthy": png(60)},
+        fine_tune=[tuned_row(epoch) for epoch in range(1, tuned + 1)],
+    )
 
 
 def read(run: Path | str, split: str) -> EventAccumulator:
@@ -145,6 +155,27 @@ def test_results_that_come_again_replace_the_first(tmp_path: Path) -> None:
     assert written(tmp_path, "train", "loss") == [1]
     assert written(tmp_path, "train", "final/accuracy") == [1]
     assert written(tmp_path, "test", "confusion") == [1]
+
+
+def test_fine_tuning_has_its_own_epochs_and_tags(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path))
+    for epoch in (1, 2, 3):
+        log.epoch(row(epoch))
+    for epoch in (1, 2, 3, 2):  # the workers start again
+        log.fine_tune_epoch(tuned_row(epoch))
+    assert points(tmp_path, "train", "fine_tune/loss") == [(1, 0.1), (2, 0.05)]
+    # Killed; the driver had not heard of epoch 4.
+    again = EventLog(str(tmp_path))
+    for epoch in (3, 5):
+        again.fine_tune_epoch(tuned_row(epoch))
+    finish(again, 3, tuned=5)
+    for tag, epochs in (("loss", 3), ("fine_tune/loss", 5), ("fine_tune/accuracy", 5)):
+        for split in ("train", "valid"):
+            assert written(tmp_path, split, tag) == list(range(1, epochs + 1)), (split, tag)
+            assert len(points(tmp_path, split, tag)) == epochs
+    assert points(tmp_path, "train", "fine_tune/waited")[0] == (1, 0.01)
+    assert points(tmp_path, "train", "loss")[-1] == (3, 1 / 3)
+    assert points(tmp_path, "test", "final/accuracy") == [(3, 1.0)]
 
 
 def test_a_run_in_object_storage() -> None:

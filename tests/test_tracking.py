@@ -56,9 +56,11 @@ def steps(uri: str, key: str) -> list[int]:
     return [metric.step for metric in history]
 
 
-def finish(made: Tracker, epochs: int, **parameters: Any) -> None:
-    history = [row(epoch) for epoch in range(1, epochs + 1)]
-    made.results(history, SCORES, tags=TAGS, parameters={"seed": 0} | parameters)
+def finish(made: Tracker, epochs: int, tuned: int = 0, **parameters: Any) -> None:
+    history, fine_tune = ([row(epoch) for epoch in range(1, n + 1)] for n in (epochs, tuned))
+    made.results(
+        history, SCORES, tags=TAGS, parameters={"seed": 0} | parameters, fine_tune=fine_tune
+    )
 
 
 def test_a_run_with_all_that_belongs_to_it(store: str, tmp_path: Path) -> None:
@@ -95,6 +97,23 @@ def test_a_run_that_goes_on_is_the_same_run(store: str, tmp_path: Path) -> None:
     finish(second, 4, workers=1)
     assert steps(store, "train_loss") == [1, 2, 3, 4]
     assert [run.info.status for run in runs(store)] == ["FINISHED"]
+
+
+def test_fine_tuning_counts_its_epochs_anew(store: str, tmp_path: Path) -> None:
+    first = tracker(store, tmp_path / "run")
+    for epoch in (1, 2, 3):
+        first.epoch(row(epoch))
+    for epoch in (1, 2):
+        first.fine_tune_epoch(row(epoch) | {"waited": 0.01})
+    first.end("FAILED")
+    # From the checkpoint of epoch 1; of epoch 3 the driver never heard.
+    second = tracker(store, tmp_path / "run")
+    for epoch in (2, 4):
+        second.fine_tune_epoch(row(epoch))
+    finish(second, 3, tuned=4)
+    assert steps(store, "train_loss") == [1, 2, 3]
+    assert sorted(steps(store, "fine_tune/train_loss")) == [1, 2, 3, 4]
+    assert steps(store, "fine_tune/waited") == [1, 2]
 
 
 def test_the_end_of_a_block_is_told(store: str, tmp_path: Path) -> None:

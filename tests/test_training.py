@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from leafnet.classifier import fold_standardisation, head_logits
 from leafnet.config import HeadSettings
 from leafnet.errors import UserError
 from leafnet.features import SplitFeatures
-from leafnet.training import Hooks, Leaving, Place, Saving, TrainingData
+from leafnet.training import Clock, Hooks, Leaving, Place, Saving, TrainingData
 
 WIDTH, CLASSES = 16, 3
 
@@ -189,6 +190,17 @@ def test_a_state_is_left_out_while_the_last_is_on_its_way() -> None:
         saving=Saving(save, 0, 1, ready=lambda: not kept),
     )
     assert kept == [1, 10]
+
+
+def test_within_an_epoch_little_time_goes_into_saving() -> None:
+    """A state that takes half a second to save is saved every 25 s, and after each epoch."""
+    clock = Clock(Saving[TrainState](lambda state: None, 0.01), steps=10)
+    time.sleep(0.02)
+    assert clock.due(4, ends=False)
+    clock.saved(0.5)
+    time.sleep(0.02)
+    assert not clock.due(8, ends=False)
+    assert clock.due(10, ends=True)
 
 
 def test_a_finished_fit_does_nothing() -> None:
