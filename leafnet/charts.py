@@ -148,7 +148,8 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
     for i, place in enumerate(places):
         groups.append([place - i * gap])
         while len(groups) > 1 and _mean(groups[-2]) > _mean(groups[-1]):
-            groups[-2] += groups.pop()
+            last = groups.pop()
+            groups[-1] += last
     moved = [_mean(group) for group in groups for _ in group]
     return [place + i * gap for i, place in enumerate(moved)]
 

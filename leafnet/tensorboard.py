@@ -92,13 +92,13 @@ class EventLog:
                 for split, values in _values(stage, row).items():
                     if place not in known[split]:
                         self._files[split].put(place, _scalars(place[1], values))
-        for place, (split, of_split) in enumerate(scores.items()):
+        for number, (split, of_split) in enumerate(scores.items()):
             values = {f"final/{name}": of_split[name] for name in _RESULTS}
             if len(of_split["per_class"]) <= _MAX_CLASSES:
                 for name, of_class in of_split["per_class"].items():
                     values[f"final_f1/{name}"] = of_class["f1"]
             events = _scalars(last, values)
-            if place == 0:
+            if number == 0:
                 for tag, png in images.items():
                     events += _image(last, tag, png)
                 for name, png in samples.items():
@@ -206,7 +206,7 @@ class _File:
         events += [event for place in sorted(places) for event in places[place]]
         storage.write_bytes(url, b"".join(map(_record, events)))
 
-    def _load(self) -> dict[int, list[Any]]:
+    def _load(self) -> dict[_Place, list[Any]]:
         """All events; those of earlier starts are read once."""
         if self._events is None:
             self._events = {}

@@ -46,7 +46,7 @@ def outcomes(count: int, *, seed: int = 0, novelty: float = 45.0) -> tuple[Array
 
 def left_edge(pixels: NDArray[np.uint8], classes: NDArray[np.int64]) -> Array:
     """The class maps of a model that sees every class at the left edge."""
-    return np.repeat(np.float32([[[4, 2, 1, 0]]]), 4, axis=1).repeat(len(pixels), axis=0)
+    return np.repeat(np.array([[[4, 2, 1, 0]]], np.float32), 4, axis=1).repeat(len(pixels), axis=0)
 
 
 def write_night(

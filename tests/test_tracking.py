@@ -56,10 +56,10 @@ def steps(uri: str, key: str) -> list[int]:
     return [metric.step for metric in history]
 
 
-def finish(made: Tracker, epochs: int, tuned: int = 0, **parameters: Any) -> None:
+def finish(made: Tracker, epochs: int, tuned: int = 0, *, parameters: Any = None) -> None:
     history, fine_tune = ([row(epoch) for epoch in range(1, n + 1)] for n in (epochs, tuned))
     made.results(
-        history, SCORES, tags=TAGS, parameters={"seed": 0} | parameters, fine_tune=fine_tune
+        history, SCORES, tags=TAGS, parameters={"seed": 0} | (parameters or {}), fine_tune=fine_tune
     )
 
 
@@ -71,7 +71,7 @@ def test_a_run_with_all_that_belongs_to_it(store: str, tmp_path: Path) -> None:
     made = tracker(store, run, **{"head.units": [512, 64]})
     for epoch in (1, 2):
         made.epoch(row(epoch))
-    finish(made, 2, **{"head.units": [256]})
+    finish(made, 2, parameters={"head.units": [256]})
     (found,) = runs(store)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "potato"
@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_is_the_same_run(store: str, tmp_path: Path) -> None:
     assert [run.info.status for run in runs(store)] == ["RUNNING"]
     for epoch in (3, 4):
         second.epoch(row(epoch))
-    finish(second, 4, workers=1)
+    finish(second, 4, parameters={"workers": 1})
     assert steps(store, "train_loss") == [1, 2, 3, 4]
     assert [run.info.status for run in runs(store)] == ["FINISHED"]
 
