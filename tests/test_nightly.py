@@ -342,7 +342,7 @@ def test_a_killed_job_that_goes_on_explains_what_it_did_before_as_well(
     assert "goes on   3 photographs were finished" in said
     assert "activation maps of 5 photographs for review" in said
     frame = pd.read_parquet(out)
-    assert frame.columns.tolist() == scoring.schema(()).names
+    assert frame.columns.tolist() == [*scoring.schema(()).names, "date"]
     page = check((out / "_reports" / "2026-11-24.html").read_bytes())
     alts = {str(image["alt"]) for image in page.all("img")}
     assert alts == {

@@ -84,7 +84,7 @@ def test_what_the_network_saw_is_kept_of_those_alone_and_only_if_asked_for() -> 
     for square, data in zip(pixels[1:], seen[1:], strict=True):
         opened = np.asarray(Image.open(io.BytesIO(data)))
         assert opened.shape == square.shape
-        assert np.abs(opened.astype(int) - square).mean() < 3
+        assert np.abs(opened.astype(int) - square).mean() < 6  # of colours drawn with noise
     kept = thumbnails.keep_wanted(pa.concat_tables([found] * 2), limit=1)
     assert (kept["thumbnail"].null_count, kept["seen"].null_count) == (5, 5)
     plain = thumbnails.Maker().attach(table, pixels, np.arange(3))
