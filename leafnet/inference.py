@@ -383,7 +383,8 @@ def _decoded_groups(
     for i, table in enumerate(shards.row_groups(index.root, shard, cache=index.cache)):
         if groups is not None and i not in groups:
             continue
-        keys, pixels = table.column("key").to_pylist(), []
+        keys = table.column("key").to_pylist()
+        pixels: list[Pixels] = []
         for key, image in zip(keys, table.column("image").to_pylist(), strict=True):
             try:
                 pixels.append(decoder.decode(image, image_size).pixels)

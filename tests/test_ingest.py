@@ -537,7 +537,8 @@ def test_photographs_are_gathered_from_staging_in_few_requests(
         }.items()
     }
     rows = staged(tmp_path, files)
-    read, requests = storage.read_bytes, []
+    read = storage.read_bytes
+    requests: list[tuple[int, int, int]] = []
 
     def counted(url: str, *, start: int, stop: int) -> bytes:
         requests.append((int(url.rsplit("/", 1)[-1], 16), start, stop))
@@ -566,7 +567,10 @@ def test_staging_that_is_not_what_was_written(tmp_path: Path, damage: str, reaso
 
     rows = staged(tmp_path, {3: [b"one", b"two"]})
     file = tmp_path / f"{3:016x}"
-    file.unlink() if damage == "gone" else file.write_bytes(b"onetw")
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"onetw")
     with pytest.raises(UserError, match=f"{3:016x}") as caught:
         ingest._staged(rows, str(tmp_path))
     assert caught.value.reason == reason
@@ -656,7 +660,8 @@ def test_a_photograph_that_kills_is_refused_and_a_killed_job_starts_over(
         "TMPDIR": str(marks),
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp"),  # a short path: sockets are below it
     }
-    arguments = [*("--source", source, "--out", out), *("--row_group", "5", "--ray.cpus", "2")]
+    arguments: list[str | Path] = ["--source", source, "--out", out]
+    arguments += ["--row_group", "5", "--ray.cpus", "2"]
 
     process = subprocess.Popen(
         [sys.executable, JOB, *arguments],
