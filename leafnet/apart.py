@@ -15,36 +15,65 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from leafnet.errors import UserError
-from leafnet.images import ImageError, Photo, decode
+from leafnet.images import MAX_PIXELS, Fingerprint, ImageError, Photo, decode, fingerprint
 
 _LIMIT_S = 120.0  # for one photograph
 _DEATHS = 10  # of tries on one node
 # Address space of the process: itself, and what the hungriest format takes for each pixel.
 _BASE_BYTES, _BYTES_PER_PIXEL = 2_000_000_000, 24
 
-_ASK = struct.Struct("<QIQ")  # bytes of the photograph, size, max_pixels; then the photograph
+# Bytes of the photograph, size, max_pixels; then the photograph. Size 0 asks for its fingerprint.
+_ASK = struct.Struct("<QIQ")
 _ANSWER = struct.Struct("<I")  # bytes of JSON; then JSON, and the pixels if there are some
 
 
+class Decoder(NamedTuple):
+    """`images.decode` and `images.fingerprint`, here or in another process."""
+
+    decode: Callable[..., Photo]
+    fingerprint: Callable[..., Fingerprint]
+
+
 @contextmanager
-def tried(job: str, number: int) -> Iterator[bool]:
+def decoder(job: str, number: int, *, of: str) -> Iterator[Decoder]:
+    """What decodes for task `number` of `job`: another process where an earlier try of it died.
+
+    Args:
+        job: unlike any other, also of the same command started again.
+        number: of the task.
+        of: what the task reads, for people.
+
+    Raises:
+        UserError: as `tried`.
+    """
+    with tried(job, number, of=of) as died:
+        if not died:
+            yield Decoder(decode, fingerprint)
+            return
+        with Apart() as other:
+            yield Decoder(other.decode, other.fingerprint)
+
+
+@contextmanager
+def tried(job: str, number: int, *, of: str = "photographs") -> Iterator[bool]:
     """Mark on this node's disk that task `number` of `job` is at work, until the block ends.
 
     Yields whether an earlier try of it on this node died in the block. It takes 0.2 ms of a CPU.
 
     Raises:
-        UserError: so many have died that the next will as well.
+        UserError: so many have died that the next will as well; it tells that they were `of`.
     """
-    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / f"night-{job}"
+    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / f"tries-{job}"
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / str(number)
     with open(mark, "ab") as file:
@@ -54,8 +83,8 @@ def tried(job: str, number: int) -> Iterator[bool]:
         mark.unlink()
         raise UserError(
             "worker-dies",
-            f"the process that reads and decodes died {deaths} times in the same place; see the "
-            "log of the job and the memory of the machine",
+            f"the process that reads and decodes {of} died {deaths} times in the same place; see "
+            "the log of the job and the memory of the machine",
         )
     try:
         yield deaths > 0
@@ -78,12 +107,30 @@ class Apart:
     def __exit__(self, *error: object) -> None:
         self._end()
 
-    def decode(self, data: bytes, size: int, *, max_pixels: int) -> Photo:
+    def decode(self, data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Photo:
         """`images.decode`.
 
         Raises:
             ImageError: as there; `crashed` where it killed the process, or took too long.
         """
+        answer, pixels = self._ask_twice(data, size, max_pixels)
+        taken = answer.pop("captured_at")
+        return Photo(
+            pixels=np.frombuffer(pixels, np.uint8).reshape(size, size, 3),
+            captured_at=datetime.fromisoformat(taken) if taken else None,
+            **answer,
+        )
+
+    def fingerprint(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> Fingerprint:
+        """`images.fingerprint`.
+
+        Raises:
+            ImageError: as `decode`.
+        """
+        answer, _ = self._ask_twice(data, 0, max_pixels)
+        return Fingerprint(**answer)
+
+    def _ask_twice(self, data: bytes, size: int, max_pixels: int) -> tuple[dict[str, Any], bytes]:
         try:
             return self._ask(data, size, max_pixels)
         except _Died as error:
@@ -96,7 +143,7 @@ class Apart:
         except _Died as error:
             raise ImageError("crashed", str(error)) from None
 
-    def _ask(self, data: bytes, size: int, max_pixels: int) -> Photo:
+    def _ask(self, data: bytes, size: int, max_pixels: int) -> tuple[dict[str, Any], bytes]:
         if self._process is None:
             self._process = _start(max_pixels)
             self._decoded = 0
@@ -116,11 +163,11 @@ class Apart:
             process.stdin.write(data)
             process.stdin.flush()
             (length,) = _ANSWER.unpack(_read(process.stdout, _ANSWER.size))
-            answer = json.loads(_read(process.stdout, length))
+            answer: dict[str, Any] = json.loads(_read(process.stdout, length))
             if "reason" in answer:
                 self._decoded += 1
                 raise ImageError(answer["reason"], answer["message"])
-            pixels = np.frombuffer(_read(process.stdout, size * size * 3), np.uint8)
+            pixels = _read(process.stdout, size * size * 3)
         except (EOFError, OSError):
             decoded = self._decoded
             code = self._end()
@@ -131,12 +178,7 @@ class Apart:
         finally:
             timer.cancel()
         self._decoded += 1
-        taken = answer.pop("captured_at")
-        return Photo(
-            pixels=pixels.reshape(size, size, 3),
-            captured_at=datetime.fromisoformat(taken) if taken else None,
-            **answer,
-        )
+        return answer, pixels
 
     def _end(self) -> int:
         """End the process, if there is one; its exit code."""
@@ -179,21 +221,24 @@ def serve(limit: int) -> None:
     while header := sys.stdin.buffer.read(_ASK.size):
         length, size, max_pixels = _ASK.unpack(header)
         data = _read(sys.stdin.buffer, length)
+        answer: dict[str, Any]
         pixels = b""
         try:
-            photo = decode(data, size, max_pixels=max_pixels)
+            if size:
+                photo = decode(data, size, max_pixels=max_pixels)
+                pixels = photo.pixels.tobytes()
+                answer = {
+                    "width": photo.width,
+                    "height": photo.height,
+                    "format": photo.format,
+                    "captured_at": photo.captured_at and photo.captured_at.isoformat(),
+                    "latitude": photo.latitude,
+                    "longitude": photo.longitude,
+                }
+            else:
+                answer = asdict(fingerprint(data, max_pixels=max_pixels))
         except ImageError as error:
-            answer: dict[str, Any] = {"reason": error.reason, "message": str(error)}
-        else:
-            pixels = photo.pixels.tobytes()
-            answer = {
-                "width": photo.width,
-                "height": photo.height,
-                "format": photo.format,
-                "captured_at": photo.captured_at and photo.captured_at.isoformat(),
-                "latitude": photo.latitude,
-                "longitude": photo.longitude,
-            }
+            answer = {"reason": error.reason, "message": str(error)}
         text = json.dumps(answer).encode()
         answers.write(_ANSWER.pack(len(text)) + text + pixels)
         answers.flush()

@@ -28,18 +28,6 @@ _POLL_S = 0.25
 _WAIT_POLL_S = 1.0
 _CONNECT_S = 10.0
 
-# Ray Data's shuffles ask for worker processes of their own by the last two variables, and to start
-# those takes seconds for each of a shuffle's two stages. With both given to all tasks, the same
-# processes serve every stage. The session has to be given this, and each task beside a shuffle too:
-# Ray spells that of a job differently, and takes another spelling for another environment.
-SHUFFLE_ENV = {
-    "env_vars": {
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "RAY_DATA_SHUFFLE_MAP_WORKER": "1",
-        "RAY_DATA_SHUFFLE_REDUCE_WORKER": "1",
-    }
-}
-
 _WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 # Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
 # whether workers are done every 2 s.
@@ -62,9 +50,7 @@ class Node(NamedTuple):
 
 
 @contextmanager
-def session(
-    settings: RaySettings, *, runtime_env: dict[str, Any] | None = None
-) -> Iterator[list[Node]]:
+def session(settings: RaySettings) -> Iterator[list[Node]]:
     """The nodes of the cluster that the settings name, or of a local one, until the block ends.
 
     Where this process is connected already, it only looks, and stays connected.
@@ -84,15 +70,13 @@ def session(
             # both cost seconds of a job of less than a minute.
             for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_ENVIRONMENT}.items():
                 os.environ.setdefault(name, value)
-        elif runtime_env is None:
-            runtime_env = {"env_vars": _WORKER_ENVIRONMENT}
         try:
             ray.init(
                 address=settings.address,
                 num_cpus=settings.cpus if local else None,
                 include_dashboard=False if local else None,
                 logging_level=logging.WARNING,
-                runtime_env=runtime_env,
+                runtime_env=None if local else {"env_vars": _WORKER_ENVIRONMENT},
             )
         except (ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())

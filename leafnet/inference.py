@@ -6,7 +6,9 @@ them is a row group of decoded pixels, so that no group is ever cut in two on it
 
 import itertools
 import pickle
+import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from leafnet import (
+    apart,
     backbone,
     background,
     bundle,
@@ -27,13 +30,16 @@ from leafnet import (
     gallery,
     openvino_graph,
     shards,
+    storage,
     tta,
 )
+from leafnet.apart import Decoder
 from leafnet.backbone import ahead, limit_threads
 from leafnet.classifier import Head, head_logits
 from leafnet.cluster import Board, Machines
+from leafnet.errors import UserError
 from leafnet.features import Part, Pixels
-from leafnet.images import decode
+from leafnet.images import ImageError, decode
 from leafnet.novelty import Novelty
 from leafnet.openvino_graph import Int8
 from leafnet.review import Outcomes, outcomes
@@ -332,12 +338,15 @@ def _over_shards(
     # A block each: `repartition` would do it with a task that takes a whole CPU, which a machine
     # with two has not left beside the actor, and the job would wait for ever.
     items = [pa.table({"shard": [shard.name]}) for shard in wanted_shards]
-    by_name = {shard.name: shard for shard in wanted_shards}
+    by_name = {shard.name: (i, shard) for i, shard in enumerate(wanted_shards)}
+    job = uuid.uuid4().hex[:16]
 
     def decode_shard(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for name in batch["shard"]:
             groups = None if wanted is None else wanted[name]
-            yield from _decoded_groups(index, by_name[name], groups, image_size)
+            number, shard = by_name[name]
+            with apart.decoder(job, number, of=storage.join(index.root, shard.name)) as decoder:
+                yield from _decoded_groups(index, shard, groups, image_size, decoder)
 
     largest = max(max(shard.row_groups) for shard in wanted_shards)
     # A task for each part of a CPU that the actors leave.
@@ -371,22 +380,36 @@ def _useful(machines: Machines, wanted_shards: Sequence[Shard]) -> int:
 
 
 def _decoded_groups(
-    index: ShardIndex, shard: Shard, groups: set[int] | None, image_size: int
+    index: ShardIndex, shard: Shard, groups: set[int] | None, image_size: int, decoder: Decoder
 ) -> Iterator[dict[str, NDArray[Any]]]:
+    """The row groups of `shard` that are wanted, decoded.
+
+    Raises:
+        UserError: a photograph cannot be decoded, which jobs/prepare.py could.
+    """
     for i, table in enumerate(shards.row_groups(index.root, shard, cache=index.cache)):
         if groups is not None and i not in groups:
             continue
-        pixels = np.stack(
-            [decode(image, image_size).pixels for image in table.column("image").to_pylist()]
-        )
+        keys = table.column("key").to_pylist()
+        pixels: list[Pixels] = []
+        for key, image in zip(keys, table.column("image").to_pylist(), strict=True):
+            try:
+                pixels.append(decoder.decode(image, image_size).pixels)
+            except ImageError as error:
+                raise UserError(
+                    "bad-photograph",
+                    f"{key} in {storage.join(index.root, shard.name)} cannot be decoded on "
+                    f"{platform.node()}: {error}; prepare the data set again there, which leaves "
+                    "it out",
+                ) from None
         yield {
             "shard": np.array([shard.name]),
             "row_group": np.array([i]),
             # One string, because Ray would pickle an array of lists.
-            "keys": np.array(["\n".join(table.column("key").to_pylist())]),
+            "keys": np.array(["\n".join(keys)]),
             "labels": table.column("label").to_numpy()[None],
             "sizes": np.stack([table.column("width"), table.column("height")], axis=1)[None],
-            "pixels": pixels[None],
+            "pixels": np.stack(pixels)[None],
         }
 
 

@@ -1,18 +1,20 @@
 """What jobs/prepare.py does: photographs through Ray Data into shards, each read once.
 
-    items -> read and fingerprint -> decide on the driver -> place -> sort by place -> shards
+    items -> read, fingerprint, stage -> decide on the driver -> gather from staging -> shards
 
-The encoded photographs stay in Ray's object store between the two passes, which spills to disk;
-the driver sees only their metadata.
+Between the two passes the encoded photographs lie below the output, in files that are gone before
+the data set is there. No process holds more of them than one task reads or writes; the driver and
+Ray's object store have only their metadata.
 """
 
-import hashlib
 import json
 import re
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from numpy.typing import NDArray
 
 import leafnet
-from leafnet import cluster, images, lock, prepare, shards, sources, storage, terminal
+from leafnet import apart, cluster, images, lock, prepare, shards, sources, storage, terminal
 from leafnet.config import SPLITS, PrepareSettings
 from leafnet.errors import UserError
 from leafnet.lock import Lock
@@ -40,6 +42,7 @@ DUPLICATES = "duplicates.parquet"
 # There from the start until the index is written, so that what an interrupted start left can be
 # told from what belongs to somebody else.
 _UNFINISHED = "unfinished.json"
+_STAGING = "_staging"
 _LOG = "prepare.log"
 _OURS = re.compile(
     rf"(?:({'|'.join(SPLITS)})-\d{{5}}\.parquet|{REJECTED}|{DUPLICATES}|{_UNFINISHED})"
@@ -55,9 +58,21 @@ _MAX_IMAGE_BYTES = 512_000_000
 _READERS = 16
 _POST_EVERY = 16  # examples
 
-_READ_SCHEMA = prepare.READ_SCHEMA
-for _field in (("image", pa.binary()), ("width", pa.int32()), ("height", pa.int32())):
-    _READ_SCHEMA = _READ_SCHEMA.append(pa.field(*_field))
+# Staged photographs that lie nearer to each other are read by one request, with what lies between:
+# another request would cost more. But not by a long one, whose answer is held as a whole.
+_NEAR_BYTES, _REQUEST_BYTES = 64_000, 8_000_000
+
+_READ_SCHEMA = pa.schema(
+    [
+        *prepare.READ_SCHEMA,
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),  # of the file
+        # Where its bytes are staged; null where there is a reason.
+        ("file", pa.int64()),
+        ("offset", pa.int64()),
+    ]
+)
 
 
 def run(settings: PrepareSettings, listing: Listing) -> None:
@@ -80,8 +95,7 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         with terminal.log_to(out, _LOG):
             terminal.keeps("nothing of the data set is kept, it is made in one go")
             _say_listing(listing)
-            with cluster.session(settings.ray, runtime_env=cluster.SHUFFLE_ENV):
-                index, plan, read = _prepare(settings, listing, out, held)
+            index, plan, read = _prepare(settings, listing, out, held)
             _say_results(index, plan, read, time.monotonic() - began)
             terminal.result(
                 shards=out, fingerprint=index.fingerprint, read=read, counts=index.counts
@@ -92,29 +106,9 @@ def _prepare(
     settings: PrepareSettings, listing: Listing, out: str, held: Lock
 ) -> tuple[ShardIndex, Plan, int]:
     """The index, the plan, and how many examples were read."""
-    board = cluster.Board()
-    read = _read(listing, board, max_pixels=settings.max_megapixels * 1_000_000)
-    metadata = pa.concat_tables(ray.get(_map(read, without_images).to_arrow_refs()))
-    _check_seen_by_all(metadata, listing)
-    shares = [int(share) for share in settings.split.split("/")]
-    policy = Policy(
-        shares=(shares[0], shares[1], shares[2]),
-        group=settings.group,
-        drop_exact=settings.duplicates == "drop",
-        drop_near=settings.near_duplicates == "drop",
-        near_distance=settings.near_distance,
-        shard_bytes=settings.shard_mb * 1_000_000,
-        seed=settings.seed,
-    )
-    plan = prepare.decide(metadata, policy, has_splits=listing.has_splits, source=listing.source)
-    for note in plan.notes:
-        say(note)
-    held.check()
-    storage.delete(storage.join(out, shards.INDEX_NAME))
-    for name in storage.list_names(out):
-        if _OURS.fullmatch(name) and name != _UNFINISHED:
-            storage.delete(storage.join(out, name))
-    written = _write(read, plan, out, row_group=settings.row_group)
+    # The session ends first, and with it what writes to staging.
+    with _staging(out) as staging, cluster.session(settings.ray):
+        plan, written, read = _make_shards(settings, listing, staging, out, held)
     _write_table(storage.join(out, REJECTED), plan.rejected)
     _write_table(storage.join(out, DUPLICATES), plan.duplicates)
     _check_seen_here(out, written)
@@ -128,7 +122,7 @@ def _prepare(
             "source": listing.source,
             "listing_sha256": listing.fingerprint,
             "settings": _decisive(settings),
-            "read": metadata.num_rows,
+            "read": read,
             "rejected": dict(Counter(plan.rejected["reason"].to_pylist())),
             "duplicates": dict(Counter(plan.duplicates["kind"].to_pylist())),
             "dropped": plan.dropped,
@@ -137,7 +131,36 @@ def _prepare(
         },
     )
     storage.delete(storage.join(out, _UNFINISHED))
-    return index, plan, metadata.num_rows
+    return index, plan, read
+
+
+def _make_shards(
+    settings: PrepareSettings, listing: Listing, staging: str, out: str, held: Lock
+) -> tuple[Plan, list[Shard], int]:
+    """The plan, the shards, in its order, and how many examples were read."""
+    read = _read(listing, staging, max_pixels=settings.max_megapixels * 1_000_000)
+    _check_seen_by_all(read, listing)
+    shares = [int(share) for share in settings.split.split("/")]
+    policy = Policy(
+        shares=(shares[0], shares[1], shares[2]),
+        group=settings.group,
+        drop_exact=settings.duplicates == "drop",
+        drop_near=settings.near_duplicates == "drop",
+        near_distance=settings.near_distance,
+        shard_bytes=settings.shard_mb * 1_000_000,
+        seed=settings.seed,
+    )
+    metadata = read.select(prepare.READ_SCHEMA.names)
+    plan = prepare.decide(metadata, policy, has_splits=listing.has_splits, source=listing.source)
+    for note in plan.notes:
+        say(note)
+    held.check()
+    storage.delete(storage.join(out, shards.INDEX_NAME))
+    for name in storage.list_names(out):
+        if _OURS.fullmatch(name) and name != _UNFINISHED:
+            storage.delete(storage.join(out, name))
+    written = _write(read, plan, staging, out, row_group=settings.row_group)
+    return plan, written, read.num_rows
 
 
 # Before the work
@@ -237,22 +260,38 @@ def _say_listing(listing: Listing) -> None:
         say(note)
 
 
+@contextmanager
+def _staging(out: str) -> Iterator[str]:
+    """A new folder below `out` that is gone when the block ends."""
+    folder = storage.join(out, _STAGING)
+    storage.delete(folder)  # of a start that was killed
+    try:
+        yield storage.join(folder, uuid.uuid4().hex[:16])
+    except BaseException:
+        # That is what has to be told; the next start deletes the folder too.
+        with suppress(UserError, OSError):
+            storage.delete(folder)
+        raise
+    storage.delete(folder)
+
+
 # Reading
 
 
-def _read(listing: Listing, board: cluster.Board, *, max_pixels: int) -> ray.data.Dataset:
-    """Every example with its bytes and metadata (_READ_SCHEMA), in Ray's object store."""
+def _read(listing: Listing, staging: str, *, max_pixels: int) -> pa.Table:
+    """The metadata of every example (_READ_SCHEMA), whose bytes are in `staging` then."""
     total, unit, step = listing.examples, "images", 1
     if total is None:
         total, unit, step = -(-listing.size // 1_000_000), "MB", 1_000_000
-    items = ray.data.from_arrow(_blocks(listing.items))
+    board = cluster.Board()
     # Fingerprinting is what takes time, so a task takes a CPU; files are fetched by threads.
-    read = _map(
-        items,
+    tables = _map(
+        _blocks(listing.items),
         read_items,
         layout=listing.layout,
         names=listing.label_names,
         max_pixels=max_pixels,
+        staging=staging,
         board=board.handle,
     )
     seen = 0
@@ -260,27 +299,28 @@ def _read(listing: Listing, board: cluster.Board, *, max_pixels: int) -> ray.dat
 
         def on_event(count: int) -> None:
             nonlocal seen
-            before, seen = seen, seen + count
+            # A task whose process died tells of its photographs again.
+            before, seen = seen, min(seen + count, total * step)
             advance(-(-seen // step) + (-before // step))
 
         with board.follow(on_event):
-            done: ray.data.Dataset = read.materialize()
-    return done
+            return pa.concat_tables([_READ_SCHEMA.empty_table(), *tables])
 
 
 def _map(
-    dataset: ray.data.Dataset, function: Callable[..., Any], **kwargs: Any
-) -> ray.data.Dataset:
-    """`function` over each block as an Arrow table."""
-    mapped: ray.data.Dataset = dataset.map_batches(
+    blocks: Sequence[pa.Table], function: Callable[..., Any], **kwargs: Any
+) -> Iterator[pa.Table]:
+    """What `function` makes of each block, as it comes: a task for each, of a CPU."""
+    mapped = ray.data.from_arrow(list(blocks)).map_batches(
         function,
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_kwargs=kwargs,
-        runtime_env=cluster.SHUFFLE_ENV,
     )
-    return mapped
+    for block in mapped.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table: Any = block
+        yield table
 
 
 def _blocks(items: pa.Table) -> list[pa.Table]:
@@ -299,30 +339,58 @@ def _blocks(items: pa.Table) -> list[pa.Table]:
 
 
 def read_items(
-    items: pa.Table, *, layout: sources.Layout, names: tuple[str, ...], max_pixels: int, board: Any
+    items: pa.Table,
+    *,
+    layout: sources.Layout,
+    names: tuple[str, ...],
+    max_pixels: int,
+    staging: str,
+    board: Any,
 ) -> Iterator[pa.Table]:
     """Tables of _READ_SCHEMA for some rows of a listing: one row an example, readable or not.
 
-    Posts progress to `board`: photographs, and of tars, which do not say how many they hold, bytes.
+    The photographs that can be used go to `staging`. Posts progress to `board`: photographs, and
+    of tars, which do not say how many they hold, bytes.
     """
+    first, job = items["item"][0].as_py(), staging.rsplit("/", 1)[-1]
+    of = f"{items['key'][0]} and what follows it"
     rows: list[dict[str, Any]] = []
+    kept: list[bytes] = []
     size = told = waiting = 0
-    for number, (item, sample) in enumerate(_samples(items, layout, names), start=1):
-        row = _row(sample, max_pixels)
-        row["number"] = item["item"] << 32 | sample.row
-        rows.append(row)
-        size += row["bytes"] or 0
-        waiting += len(sample.image or b"") if layout == "tars" else 1
-        if number % _POST_EVERY == 0:
-            board.post.remote(waiting)
-            told, waiting = told + waiting, 0
-        if size >= _BLOCK_BYTES:
-            yield pa.Table.from_pylist(rows, _READ_SCHEMA)
-            rows, size = [], 0
-    if layout == "tars":
-        waiting = sum(items["size"].to_pylist()) - told
-    board.post.remote(waiting)
-    yield pa.Table.from_pylist(rows, _READ_SCHEMA)
+    with apart.decoder(job, first, of=of) as decoder:
+        for number, (item, sample) in enumerate(_samples(items, layout, names), start=1):
+            row = _row(sample, max_pixels, decoder.fingerprint)
+            row["number"] = item["item"] << 32 | sample.row
+            rows.append(row)
+            if row["reason"] is None:
+                assert sample.image is not None
+                row["offset"] = size
+                kept.append(sample.image)
+                size += len(sample.image)
+            waiting += len(sample.image or b"") if layout == "tars" else 1
+            if number % _POST_EVERY == 0:
+                board.post.remote(waiting)
+                told, waiting = told + waiting, 0
+            if size >= _BLOCK_BYTES:
+                yield _stage(rows, kept, staging)
+                rows, kept, size = [], [], 0
+        if layout == "tars":
+            waiting = sum(items["size"].to_pylist()) - told
+        board.post.remote(waiting)
+        yield _stage(rows, kept, staging)
+
+
+def _stage(rows: list[dict[str, Any]], kept: list[bytes], staging: str) -> pa.Table:
+    """`rows` with the photographs of those without a reason, `kept`, in one file of `staging`."""
+    if kept:
+        name = rows[0]["number"]
+        storage.write_bytes(_staged_url(staging, name), b"".join(kept))
+        rows = [row | {"file": None if row["reason"] else name} for row in rows]
+    return pa.Table.from_pylist(rows, _READ_SCHEMA)
+
+
+def _staged_url(staging: str, file: int) -> str:
+    return storage.join(staging, f"{file:016x}")
 
 
 def _samples(
@@ -340,7 +408,9 @@ def _samples(
         yield from zip(listed, found, strict=True)
 
 
-def _row(sample: Sample, max_pixels: int) -> dict[str, Any]:
+def _row(
+    sample: Sample, max_pixels: int, fingerprint: Callable[..., images.Fingerprint]
+) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(_READ_SCHEMA.names)
     row.update(key=sample.key, label=sample.label, split=sample.split)
     if sample.image is None:
@@ -349,28 +419,24 @@ def _row(sample: Sample, max_pixels: int) -> dict[str, Any]:
         message = f"the file has {_megabytes(len(sample.image))}, more than a photograph has"
         return row | {"reason": "too-many-bytes", "message": message}
     try:
-        fingerprint = images.fingerprint(sample.image, max_pixels=max_pixels)
+        found = fingerprint(sample.image, max_pixels=max_pixels)
     except images.ImageError as error:
         return row | {"reason": error.reason, "message": str(error)}
     return row | {
-        "image": sample.image,
         "bytes": len(sample.image),
-        "pixels_sha256": fingerprint.pixels_sha256,
-        "perceptual_hash": fingerprint.perceptual_hash,
-        "width": fingerprint.width,
-        "height": fingerprint.height,
+        "pixels_sha256": found.pixels_sha256,
+        "perceptual_hash": found.perceptual_hash,
+        "width": found.width,
+        "height": found.height,
+        "sha256": storage.sha256(sample.image),
     }
 
 
-def without_images(read: pa.Table) -> pa.Table:
-    """The columns of `read` that are decided on."""
-    return read.select(prepare.READ_SCHEMA.names)
-
-
-def _check_seen_by_all(metadata: pa.Table, listing: Listing) -> None:
+def _check_seen_by_all(read: pa.Table, listing: Listing) -> None:
     """Refuse a local source that other machines of the cluster do not have."""
-    for row in metadata.select(["number", "reason"]).to_pylist():
-        if row["reason"] == "not-found" and storage.is_local(listing.source):
+    missing = read.filter(pc.equal(read["reason"], "not-found"))
+    for row in missing.select(["number"]).to_pylist():
+        if storage.is_local(listing.source):
             url = listing.items["url"][row["number"] >> 32].as_py()
             if storage.exists(url):
                 raise UserError(
@@ -383,78 +449,90 @@ def _check_seen_by_all(metadata: pa.Table, listing: Listing) -> None:
 # Writing
 
 
-def _write(read: ray.data.Dataset, plan: Plan, out: str, *, row_group: int) -> list[Shard]:
-    """Write the shards of `plan`; they come back in its order.
-
-    A sort with the ends of the shards as boundaries gives one block for each shard, in order, by
-    tasks alone. It needs no actors, which hash shuffles may start and which hold CPUs while they
-    wait for tasks that need one: this works with a single CPU.
-    """
-    ends = np.cumsum(plan.shard_rows)
-    reference = ray.put((plan.rows, ends))
-    placed = _map(read, place_rows, plan=reference)
-    results = _map(
-        placed.sort("place", boundaries=ends[:-1].tolist()),
-        write_shards,
-        plan=reference,
-        names=plan.shard_names,
-        out=out,
-        row_group=row_group,
-    )
+def _write(read: pa.Table, plan: Plan, staging: str, out: str, *, row_group: int) -> list[Shard]:
+    """Write the shards of `plan`, a task each; they come back in its order."""
+    ordered = _in_order(read, plan)
+    ends = np.cumsum(plan.shard_rows).tolist()
+    blocks = [
+        ordered.slice(end - rows, rows).append_column("shard", pa.array([name] * rows))
+        for name, rows, end in zip(plan.shard_names, plan.shard_rows.tolist(), ends, strict=True)
+    ]
     written: dict[str, Shard] = {}
-    with terminal.progress("write", int(ends[-1])) as advance:
-        for row in results.iter_rows():
-            shard = Shard(**json.loads(row["shard"]))
-            written[shard.name] = Shard(**{**vars(shard), "row_groups": tuple(shard.row_groups)})
-            advance(shard.rows)
+    with terminal.progress("write", ends[-1]) as advance:
+        for table in _map(blocks, write_shard, staging=staging, out=out, row_group=row_group):
+            for text in table["shard"].to_pylist():
+                shard = Shard(**json.loads(text))
+                shard = Shard(**{**vars(shard), "row_groups": tuple(shard.row_groups)})
+                written[shard.name] = shard
+                advance(shard.rows)
     if set(written) != set(plan.shard_names):
         raise RuntimeError(f"wrote {len(written)} shards of {len(plan.shard_names)}")
     return [written[name] for name in plan.shard_names]
 
 
-def place_rows(read: pa.Table, *, plan: "ray.ObjectRef[Any]") -> pa.Table:
-    """The rows of `read` that are kept, as shards have them, with their place in all shards."""
-    rows: dict[str, NDArray[Any]]
-    rows, _ = ray.get(plan)
+def _in_order(read: pa.Table, plan: Plan) -> pa.Table:
+    """The rows of `read` that are kept, in the order of all shards, with their class indices."""
     number = read["number"].to_numpy()
-    at = np.minimum(np.searchsorted(rows["number"], number), rows["number"].size - 1)
-    kept = rows["number"][at] == number
-    table, at = read.filter(pa.array(kept)), at[kept]
-    digests = [hashlib.sha256(image.as_buffer()).hexdigest() for image in table["image"]]
-    return pa.table(
-        {
-            "place": rows["place"][at],
-            "key": table["key"],
-            "image": table["image"],
-            "label": rows["label"][at],
-            "width": table["width"],
-            "height": table["height"],
-            "sha256": pa.array(digests, pa.string()),
-        }
-    )
+    by_number = np.argsort(number)
+    place = np.argsort(plan.rows["place"])
+    at = by_number[np.searchsorted(number, plan.rows["number"][place], sorter=by_number)]
+    names = ["key", "bytes", "width", "height", "sha256", "file", "offset"]
+    table = read.select(names).take(pa.array(at))
+    return table.append_column("label", pa.array(plan.rows["label"][place])).combine_chunks()
 
 
-def write_shards(
-    rows: pa.Table, *, plan: "ray.ObjectRef[Any]", names: tuple[str, ...], out: str, row_group: int
-) -> pa.Table:
-    """Write the shards that `rows`, sorted by place, hold completely; what was written as JSON."""
-    _, ends = ray.get(plan)
-    place = rows["place"].to_numpy()
-    written = []
-    start = 0
-    while start < place.size:
-        shard = int(np.searchsorted(ends, place[start], side="right"))
-        first = int(ends[shard - 1]) if shard else 0
-        stop = start + int(ends[shard]) - first
-        if not np.array_equal(place[start:stop], np.arange(first, ends[shard])):
-            raise RuntimeError(f"the rows of {names[shard]} did not come together")
-        table = rows.slice(start, stop - start)
-        split = pa.array([names[shard].split("-")[0]] * table.num_rows)
-        table = table.append_column("split", split)
-        result = shards.write_shard(out, names[shard], table, row_group=row_group)
-        written.append(json.dumps(asdict(result)))
-        start = stop
-    return pa.table({"shard": pa.array(written, pa.string())})
+def write_shard(rows: pa.Table, *, staging: str, out: str, row_group: int) -> pa.Table:
+    """Write the shard whose examples are `rows`, in their order; what was written as JSON."""
+    name = rows["shard"][0].as_py()
+    table = rows.select(["key", "label", "width", "height", "sha256"])
+    table = table.append_column("image", pa.array(_staged(rows, staging), pa.binary()))
+    table = table.append_column("split", pa.array([name.split("-")[0]] * rows.num_rows))
+    result = shards.write_shard(out, name, table, row_group=row_group)
+    return pa.table({"shard": [json.dumps(asdict(result))]})
+
+
+def _staged(rows: pa.Table, staging: str) -> list[bytes]:
+    """The photographs of `rows`.
+
+    Raises:
+        UserError: they are not there, or not those that were staged.
+    """
+    file, start, size = (rows[name].to_numpy() for name in ("file", "offset", "bytes"))
+    stop = start + size
+    requests: list[list[int]] = []
+    for i in np.lexsort((start, file)).tolist():
+        if requests:
+            first, last = requests[-1][0], requests[-1][-1]
+            near = file[i] == file[last] and start[i] - stop[last] < _NEAR_BYTES
+            if near and stop[i] - start[first] <= _REQUEST_BYTES:
+                requests[-1].append(i)
+                continue
+        requests.append([i])
+
+    def read(request: list[int]) -> bytes:
+        first, last = request[0], request[-1]
+        url = _staged_url(staging, int(file[first]))
+        try:
+            return storage.read_bytes(url, start=int(start[first]), stop=int(stop[last]))
+        except FileNotFoundError:
+            raise UserError(
+                "out-not-shared",
+                f"{url} was written on another machine; give --out as a URL or on a shared disk",
+            ) from None
+
+    found = [b""] * rows.num_rows
+    digests = rows["sha256"].to_pylist()
+    for request, data in zip(requests, storage.each(read, requests), strict=True):
+        for i in request:
+            begin = int(start[i] - start[request[0]])
+            found[i] = data[begin : begin + int(size[i])]
+            if storage.sha256(found[i]) != digests[i]:
+                raise UserError(
+                    "store-failed",
+                    f"{_staged_url(staging, int(file[i]))} is not what was written there a moment "
+                    "ago (its sha256 differs)",
+                )
+    return found
 
 
 def _write_table(url: str, table: pa.Table) -> None:

@@ -220,8 +220,8 @@ def is_file(url: str) -> bool:
         return False
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole content of `url`.
+def read_bytes(url: str, *, start: int | None = None, stop: int | None = None) -> bytes:
+    """The content of `url`, or of it the bytes from `start` until before `stop`.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -229,7 +229,7 @@ def read_bytes(url: str) -> bytes:
     """
     fs, path = filesystem(url)
     with _told(url):
-        return bytes(fs.cat_file(path))
+        return bytes(fs.cat_file(path, start=start, end=stop))
 
 
 @contextmanager

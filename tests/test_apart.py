@@ -13,7 +13,7 @@ import pytest
 from leafnet import apart
 from leafnet.apart import Apart
 from leafnet.errors import UserError
-from leafnet.images import MAX_PIXELS, ImageError, decode
+from leafnet.images import MAX_PIXELS, ImageError, decode, fingerprint
 from tests.conftest import leaf_jpeg, write_deadly_decoder
 
 
@@ -33,6 +33,9 @@ def test_it_decodes_as_the_decoder_does() -> None:
         with pytest.raises(ImageError, match="that are allowed"):
             other.decode(photograph, 32, max_pixels=100)
         again = other.decode(photograph, 16, max_pixels=MAX_PIXELS)
+        assert other.fingerprint(photograph) == fingerprint(photograph)
+        with pytest.raises(ImageError, match="that are allowed"):
+            other.fingerprint(photograph, max_pixels=100)
     assert caught.value.reason == "not-an-image"
     expected = decode(photograph, 32)
     np.testing.assert_array_equal(found.pixels, expected.pixels)
@@ -48,10 +51,11 @@ def test_what_kills_it_is_one_photograph(deadly: bytes) -> None:
             if data == photograph:
                 assert other.decode(data, 32, max_pixels=MAX_PIXELS).width == 64
                 continue
-            with pytest.raises(ImageError, match="the decoder's process died on it") as caught:
-                other.decode(data, 32, max_pixels=MAX_PIXELS)
-            assert caught.value.reason == "crashed"
-            assert signal.SIGSEGV.name in str(caught.value)
+            for ask in (lambda: other.decode(deadly, 32), lambda: other.fingerprint(deadly)):
+                with pytest.raises(ImageError, match="the decoder's process died on it") as caught:
+                    ask()
+                assert caught.value.reason == "crashed"
+                assert signal.SIGSEGV.name in str(caught.value)
 
 
 def test_what_takes_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +97,17 @@ def test_a_try_that_died_is_known_to_the_next(tmp_path: Path) -> None:
     assert tried(0)
     assert not tried(0)  # it came to its end
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"leafnet-{os.getuid()}"
-    assert not (folder / f"night-{tmp_path.name}").exists()
+    assert not (folder / f"tries-{tmp_path.name}").exists()
+
+
+def test_the_next_try_decodes_elsewhere(deadly: bytes, tmp_path: Path) -> None:
+    with apart.decoder(tmp_path.name, 0, of="photographs") as here:
+        assert (here.decode, here.fingerprint) == (decode, fingerprint)
+    apart.tried(tmp_path.name, 0).__enter__()  # and never leaves
+    with apart.decoder(tmp_path.name, 0, of="photographs") as other:
+        with pytest.raises(ImageError, match="died on it"):
+            other.fingerprint(deadly)
+        assert other.decode(leaf_jpeg("healthy", seed=1), 32).width == 64
 
 
 def test_a_task_that_always_dies_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,8 +116,8 @@ def test_a_task_that_always_dies_ends(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for one in dead:
         one.__enter__()  # and never leaves
     with (
-        pytest.raises(UserError, match="died 2 times in the same place") as caught,
-        apart.tried(tmp_path.name, 0),
+        pytest.raises(UserError, match=r"decodes a\.tar died 2 times in the same place") as caught,
+        apart.tried(tmp_path.name, 0, of="a.tar"),
     ):
         pass
     assert caught.value.reason == "worker-dies"

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from numpy.typing import NDArray
@@ -33,6 +35,7 @@ from leafnet.fitting import HeadJob
 from leafnet.images import decode
 from leafnet.shards import ShardIndex
 from leafnet.training import Hooks, Place, TrainingData
+from tests.conftest import write_data_set, write_deadly_decoder
 
 SIZE, VIEWS = 64, 3
 # Half a CPU, so that two pipelines fit on the two of the tests' Ray at once.
@@ -269,3 +272,46 @@ def test_online_features_are_the_cached_ones_and_give_the_same_head(
     before = initial_head((8,), 3, inputs=2048, seed=0)
     moved = np.abs(np.subtract(heads["cached"][0][0], before[0][0])).max()
     assert moved > 5e-3, "the heads have to have learned something"
+
+
+def put_into(index: ShardIndex, image: bytes, *, shard: int, row: int) -> str:
+    """Put `image` in the place of an example of the data set; the key of that."""
+    rows = pa.concat_tables(shards.row_groups(index.root, index.shards[shard])).to_pylist()
+    rows[row] |= {"image": image, "sha256": storage.sha256(image)}
+    written = list(index.shards)
+    written[shard] = shards.write_shard(
+        index.root,
+        written[shard].name,
+        pa.Table.from_pylist(rows, shards.SCHEMA),
+        row_group=written[shard].row_groups[0],
+    )
+    shards.write_index(
+        index.root, class_names=index.class_names, shards=written, counts=index.counts, prepared={}
+    )
+    return str(rows[row]["key"])
+
+
+@pytest.mark.slow
+def test_a_photograph_that_kills_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    """Shards hold what jobs/prepare.py could decode; another machine may not."""
+    index = write_data_set(str(tmp_path / "shards"), {"train": 4, "valid": 2, "test": 2})
+    key = put_into(index, write_deadly_decoder(tmp_path), shard=0, row=7)
+    job = Path(__file__).parents[1] / "jobs" / "train.py"
+    arguments = [
+        *("--shards", index.root, "--out", str(tmp_path / "runs"), "--name", "a"),
+        *("--weights", "random", "--image_size", "64", "--views", "1", "--ray.cpus", "2"),
+    ]
+    done = subprocess.run(
+        [sys.executable, job, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(job.parents[1]), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    url = re.escape(f"{index.root}/{index.shards[0].name}")
+    assert re.fullmatch(
+        rf"error\[bad-photograph\]: {key} in {url} cannot be decoded on \S+: the decoder's "
+        r"process died on it \(SIGSEGV\); prepare the data set again there[^\n]*\n",
+        done.stderr,
+    ), done.stderr

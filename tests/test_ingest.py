@@ -3,12 +3,15 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from leafnet import images, shards, sources
+from leafnet import images, shards, sources, storage
 from leafnet.config import PrepareSettings
 from leafnet.errors import UserError
 from leafnet.shards import ShardIndex
+from tests.conftest import write_deadly_decoder
 
 JOB = Path(__file__).parents[1] / "jobs" / "prepare.py"
 
@@ -478,25 +482,110 @@ def test_interrupted_and_run_again(
         patch.setattr(ingest, stage, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "shards", row_group=5)
-    assert "index.json" not in names(tmp_path / "shards")
+    assert not names(tmp_path / "shards") & {"index.json", "_staging"}
     with pytest.raises(UserError, match="an interrupted prepare is there"):
         shards.read_index(str(tmp_path / "shards"))
     # What was being written by a process that was killed, and a shard of another plan.
     write_files(
         tmp_path / "shards",
-        {"train-00000.parquet.0123abcd.tmp": b"half", "train-00007.parquet": b"old"},
+        {
+            "train-00000.parquet.0123abcd.tmp": b"half",
+            "train-00007.parquet": b"old",
+            "_staging/0123456789abcdef/0000000000000000": b"bytes of photographs",
+        },
     )
     index = run(source, tmp_path / "shards", row_group=5)
     assert index.fingerprint == shards.read_index(str(out)).fingerprint
     assert names(tmp_path / "shards") == names(out)
 
 
+# Staging
+
+
+def staged(folder: Path, files: dict[int, list[bytes]]) -> pa.Table:
+    """Photographs in files of staging, as the rows of a shard, from the last to the first."""
+    rows = []
+    for file, photographs in files.items():
+        write_files(folder, {f"{file:016x}": b"".join(photographs)})
+        offset = 0
+        for data in photographs:
+            rows.append(
+                {
+                    "file": file,
+                    "offset": offset,
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+            )
+            offset += len(data)
+    return pa.Table.from_pylist(rows[::-1])
+
+
+def test_photographs_are_gathered_from_staging_in_few_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leafnet import ingest
+
+    monkeypatch.setattr(ingest, "_REQUEST_BYTES", 250_000)
+    draw = np.random.default_rng(0)
+    files = {
+        file: [draw.bytes(size) for size in sizes]
+        for file, sizes in {
+            1 << 32: [100, 30_000, 5000, 70_000, 8],
+            7: [200_000, 60_000],
+            9: [1],
+        }.items()
+    }
+    rows = staged(tmp_path, files)
+    read = storage.read_bytes
+    requests: list[tuple[int, int, int]] = []
+
+    def counted(url: str, *, start: int, stop: int) -> bytes:
+        requests.append((int(url.rsplit("/", 1)[-1], 16), start, stop))
+        return read(url, start=start, stop=stop)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    # Without the second and the fourth: the one is read over, the other left out.
+    wanted = rows.take([0, 1, 2, 3, 5, 7])
+    expected = [data for photographs in files.values() for data in photographs][::-1]
+    found = ingest._staged(wanted, str(tmp_path))
+    assert found == [expected[i] for i in (0, 1, 2, 3, 5, 7)]
+    assert sorted(requests) == [
+        (7, 0, 200_000),
+        (7, 200_000, 260_000),
+        (9, 0, 1),
+        (1 << 32, 0, 35_100),
+        (1 << 32, 105_100, 105_108),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("gone", "out-not-shared"), ("cut", "store-failed")]
+)
+def test_staging_that_is_not_what_was_written(tmp_path: Path, damage: str, reason: str) -> None:
+    from leafnet import ingest
+
+    rows = staged(tmp_path, {3: [b"one", b"two"]})
+    file = tmp_path / f"{3:016x}"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b"onetw")
+    with pytest.raises(UserError, match=f"{3:016x}") as caught:
+        ingest._staged(rows, str(tmp_path))
+    assert caught.value.reason == reason
+
+
 # The command
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, JOB, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, JOB, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
     )
 
 
@@ -555,6 +644,57 @@ def test_the_command(tmp_path: Path) -> None:
     log = (out / "prepare.log").read_text()
     assert "rejected    1 of 41" in log
     assert set(rejected(shards.read_index(str(out)))) == {"a/cut.jpg"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_photograph_that_kills_is_refused_and_a_killed_job_starts_over(
+    prepared: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source, out, marks = tmp_path / "photos", tmp_path / "shards", tmp_path / "marks"
+    shutil.copytree(prepared[0], source)
+    marks.mkdir()
+    write_files(source, {"a/005-deadly.jpg": write_deadly_decoder(tmp_path)})
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(JOB.parents[1]), str(tmp_path)]),
+        "TMPDIR": str(marks),
+        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp"),  # a short path: sockets are below it
+    }
+    arguments: list[str | Path] = ["--source", source, "--out", out]
+    arguments += ["--row_group", "5", "--ray.cpus", "2"]
+
+    process = subprocess.Popen(
+        [sys.executable, JOB, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while not list(out.glob("_staging/*/*")):
+            assert process.poll() is None, "it ended before it staged"
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "index.json" not in names(out)
+    (left,) = out.glob("_staging/*")
+
+    done = command(*arguments, **environment)
+    assert done.returncode == 0, done.stderr + (out / "prepare.log").read_text()
+    assert pq.read_table(out / "rejected.parquet").to_pylist() == [
+        {
+            "key": "a/005-deadly.jpg",
+            "reason": "crashed",
+            "message": "the decoder's process died on it (SIGSEGV)",
+        }
+    ]
+    assert f"rejected    1 of 41 (1 crashed): {out}/rejected.parquet" in done.stdout
+    index = shards.read_index(str(out))
+    assert {key: row["image"] for key, row in examples(index).items()} == prepared[2]
+    assert index.fingerprint == shards.read_index(str(prepared[1])).fingerprint
+    assert names(out) == names(prepared[1])
+    assert {path.name for path in marks.glob("leafnet-*/*")} <= {f"tries-{left.name}"}
 
 
 CLUSTER_JOB = """

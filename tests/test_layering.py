@@ -106,12 +106,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "ingest": {
         *("errors", "config", "images", "storage", "terminal"),
-        *("shards", "sources", "prepare", "lock", "cluster"),
+        *("shards", "sources", "prepare", "apart", "lock", "cluster"),
     },
     "telemetry": {"errors", "config", "terminal", "cluster"},
     "inference": {
-        *("images", "background", "shards", "backbone", "openvino_graph", "novelty", "review"),
-        *("classifier", "tta", "cam", "gallery", "features", "bundle", "engine", "cluster"),
+        *("errors", "images", "storage", "background", "shards", "backbone", "openvino_graph"),
+        *("novelty", "review", "classifier", "tta", "cam", "gallery", "features", "bundle"),
+        *("engine", "apart", "cluster"),
     },
     "answers": {
         *("errors", "config", "storage", "terminal", "shards", "sources", "labelstudio"),

@@ -379,7 +379,7 @@ def test_runtime_env() -> None:
     for name in ("train", "score"):
         (job,) = documents(CLUSTER / "kuberay" / f"{name}.yaml")
         environments.append(yaml.safe_load(job["spec"]["runtimeEnvYAML"]))
-    of_leafnet = set(cluster.SHUFFLE_ENV["env_vars"])
+    of_leafnet = set(cluster._WORKER_ENVIRONMENT)
     for environment in environments:
         RuntimeEnv(**environment)
         # Ray refuses a job that sets a variable that its driver sets again.
