@@ -103,7 +103,8 @@ def test_a_try_that_died_is_known_to_the_next(tmp_path: Path) -> None:
 def test_the_next_try_decodes_elsewhere(deadly: bytes, tmp_path: Path) -> None:
     with apart.decoder(tmp_path.name, 0, of="photographs") as here:
         assert (here.decode, here.fingerprint) == (decode, fingerprint)
-    apart.tried(tmp_path.name, 0).__enter__()  # and never leaves
+    left = apart.tried(tmp_path.name, 0)  # held, or Python would leave it
+    left.__enter__()
     with apart.decoder(tmp_path.name, 0, of="photographs") as other:
         with pytest.raises(ImageError, match="died on it"):
             other.fingerprint(deadly)
