@@ -97,7 +97,7 @@ def _bare_rate(bench: Bench, precision: str) -> float:
 
 def warm_run(bench: Bench) -> list[Row]:
     """(g) Another head on features that are there: the run of (b), or one made for it."""
-    if not (bench.work / "runs" / "features").exists():
+    if not (bench.work / "runs" / "views1" / "run.json").exists():
         train(bench, "first", "--views", "1", "--head.epochs", "1")
     lines = train(bench, "warm", "--views", "1", "--head.epochs", str(EPOCHS))
     ends = epochs(lines)
