@@ -1,18 +1,12 @@
 """What jobs/train.py does, in the order in which it happens."""
 
-import csv
-import io
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import ray
 import yaml
 
@@ -30,12 +24,11 @@ from leafnet import (
     fitting,
     inference,
     lock,
-    metrics,
     openvino_graph,
     pages,
     rehearsal,
     report,
-    review,
+    results,
     search,
     shards,
     storage,
@@ -206,7 +199,7 @@ def _train_on(
         result.state.best_head, mean=result.mean, deviation=result.deviation
     )
     head = calibration.fold_temperature(head, result.temperature)
-    scores = _scores(result, index)
+    scores = results.scores(result, index)
     network = _Network(weights, reference, head, result)
     tuned: dict[str, Any] = {}
     tuned_history: list[dict[str, float]] = []
@@ -227,21 +220,21 @@ def _train_on(
             watchers=(events.fine_tune_epoch, tracker.fine_tune_epoch),
         )
         if network.weights is not weights:
-            tuned["head_alone"] = _short(scores)
-            scores = _scores(network.result, index)
-            tuned["fine_tuned"] = _short(scores)
-            say(f"fine-tune {_gain(tuned)}")
+            tuned["head_alone"] = results.short(scores)
+            scores = results.scores(network.result, index)
+            tuned["fine_tuned"] = results.short(scores)
+            say(f"fine-tune {results.gain(tuned)}")
     result = network.result
-    calibrated = _calibration(result, scores, index.class_names)
+    calibrated = results.calibrated(result, scores, index.class_names)
     held.check()
     restarts = [vars(one) for one in result.restarts]
-    _write_results(run, result.state.history, tuned_history, scores, index, events, restarts)
-    thresholds, effects = _review(settings, result)
+    results.write(run, result.state.history, tuned_history, scores, index, events, restarts)
+    thresholds, effects = results.thresholds(settings, result)
     int8, int8_review = None, None
     int8_report: dict[str, Any] = {}
     if settings.int8:
         began_stage = time.monotonic()
-        int8, int8_review, int8_report = _quantize(
+        int8, int8_review, int8_report = results.quantized(
             settings, index, network.reference, network.head, result, machines
         )
         seconds["int8"] = time.monotonic() - began_stage
@@ -253,7 +246,7 @@ def _train_on(
         head=network.head,
         class_names=index.class_names,
         image_size=settings.image_size,
-        provenance=_provenance(settings, index, weights, precision, scores, result.state)
+        provenance=results.provenance(settings, index, weights, precision, scores, result.state)
         | ({"temperature": calibrated} if calibrated else {})
         | ({"fine_tune": tuned} if tuned else {})
         | ({"review": effects} if thresholds else {})
@@ -286,7 +279,7 @@ def _train_on(
         storage.join(run, "run.json"),
         {
             "model_id": model_id,
-            "finished_at": _now(),
+            "finished_at": results.now(),
             "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
             "images_per_second": {
                 "features": round(computed.computed / seconds["features"], 1),
@@ -313,7 +306,7 @@ def _train_on(
         parameters=config.flat(settings.model_dump(mode="json")),
         fine_tune=tuned_history,
     )
-    _say_results(run, scores, model_id, seconds["total"], result.state)
+    results.say_results(run, scores, model_id, seconds["total"], result.state)
     say(f"report    {told}")
     terminal.result(
         run=run,
@@ -370,106 +363,6 @@ def _check_int8(index: ShardIndex) -> None:
             f"--int8 is checked on the validation split, and {index.root} has none; prepare the "
             "data set with one, or train without --int8",
         )
-
-
-def _calibration(
-    result: fitting.HeadResult, scores: dict[str, Any], class_names: Sequence[str]
-) -> dict[str, Any]:
-    """What the temperature did, for model.json; {} where there was nothing to fit it on.
-
-    Adds to `scores` of validation and test what they were without it, and the accuracy of the most
-    confident 90 %.
-    """
-    for split, outcomes in result.outcomes.items():
-        name = f"selective_accuracy_{100 * evaluation.COVERAGE:.0f}"
-        scores[split][name] = calibration.selective_accuracy(
-            outcomes.confidence, outcomes.correct, coverage=evaluation.COVERAGE
-        )
-    if "valid" not in result.outcomes:
-        return {}
-    told: dict[str, Any] = {
-        "value": result.temperature,
-        "fitted_on": "valid",
-        "examples": len(result.answers["valid"].labels),
-        "folded_into": "the last layer of the head",
-        "ece": {},
-    }
-    for split, (logits, labels) in result.answers.items():
-        raw = np.asarray(logits * np.float32(result.temperature))
-        before = metrics.scores(metrics.tally(raw, labels), class_names)
-        scores[split]["before_temperature"] = {
-            name: before[name] for name in ("log_loss", "ece", "calibration")
-        }
-        told["ece"][split] = {"before": before["ece"], "after": scores[split]["ece"]}
-    shown = ", ".join(
-        f"{split} ECE {ece['before']:.3f} -> {ece['after']:.3f}"
-        for split, ece in told["ece"].items()
-    )
-    say(f"calibrate temperature {result.temperature:.3f}: {shown}")
-    return told
-
-
-def _review(
-    settings: TrainSettings, result: fitting.HeadResult
-) -> tuple[review.Review | None, dict[str, Any]]:
-    """Thresholds, and what they do to validation and test; none without a validation split."""
-    if "valid" not in result.outcomes:
-        say("review    no thresholds: they are chosen on the validation split, which is empty")
-        return None, {}
-    chosen = review.choose(result.outcomes["valid"], precision_target=settings.precision_target)
-    effects = {
-        split: review.effect(outcomes, chosen) for split, outcomes in result.outcomes.items()
-    }
-    for split, effect in effects.items():
-        say(f"review    {split}: {review.describe(effect)}")
-    if chosen.confidence == review.REVIEW_ALL:
-        say(
-            f"          no confidence gives {settings.precision_target:.0%} right predictions: "
-            "every photograph is for review; lower --precision_target or train better"
-        )
-    return chosen, {"share_reviewed": effects["valid"]["share_reviewed"], "splits": effects}
-
-
-def _quantize(
-    settings: TrainSettings,
-    index: ShardIndex,
-    reference: Any,
-    head: Head,
-    result: fitting.HeadResult,
-    machines: cluster.Machines,
-) -> tuple[openvino_graph.Int8 | None, review.Review | None, dict[str, Any]]:
-    """The quantized backbone and its thresholds, None where it is refused; what is told of it."""
-    made = inference.quantize(
-        index,
-        reference,
-        head,
-        result.novelty,
-        image_size=settings.image_size,
-        machines=machines,
-    )
-    count = made.outcomes.correct.size
-    accuracy = float(made.outcomes.correct.mean())
-    of_float = float(result.outcomes["valid"].correct[:count].mean())
-    accepted = inference.accept_int8(accuracy, of_float)
-    told_of: dict[str, Any] = {
-        "accepted": accepted,
-        "calibration_examples": made.calibration_examples,
-        "valid_examples": count,
-        "valid_accuracy": accuracy,
-        "valid_accuracy_float": of_float,
-    }
-    told = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
-    if not accepted:
-        say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
-        return None, None, told_of
-    say(f"int8      {told}: kept")
-    # Rounding to 8 bits moves every photograph away from the training features.
-    chosen = review.choose(made.outcomes, precision_target=settings.precision_target)
-    effect = review.effect(made.outcomes, chosen)
-    say(f"review    valid in int8: {review.describe(effect)}")
-    told_of["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
-    told_of["reference"] = drift.reference(made.outcomes)
-    return made.int8, chosen, told_of
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -711,41 +604,6 @@ def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
     return line
 
 
-def _scores(result: fitting.HeadResult, index: ShardIndex) -> dict[str, Any]:
-    """The scores of each split that has examples, all of which must have been evaluated."""
-    for split in SPLITS:
-        if result.tallies[split].examples != index.examples(split):
-            raise RuntimeError(
-                f"evaluated {result.tallies[split].examples} examples of {split}, which has "
-                f"{index.examples(split)}"
-            )
-    return {
-        split: metrics.scores(result.tallies[split], index.class_names)
-        for split in reversed(SPLITS)
-        if index.examples(split)
-    }
-
-
-def _short(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each split what two models are compared by."""
-    names = ("accuracy", "log_loss", "ece")
-    return {split: {name: of_split[name] for name in names} for split, of_split in scores.items()}
-
-
-def _gain(tuned: Mapping[str, Any]) -> str:
-    """Accuracy of the head alone and after fine-tuning.
-
-    >>> of = {"test": {"accuracy": 0.9}}
-    >>> _gain({"head_alone": of, "fine_tuned": {"test": {"accuracy": 0.95}}, "best_epoch": 7})
-    'of epoch 7: test accuracy 0.900 -> 0.950'
-    """
-    gains = (
-        f"{split} accuracy {before['accuracy']:.3f} -> {tuned['fine_tuned'][split]['accuracy']:.3f}"
-        for split, before in tuned["head_alone"].items()
-    )
-    return f"of epoch {tuned['best_epoch']}: {', '.join(gains)}"
-
-
 def _fine_tune(
     settings: TrainSettings,
     index: ShardIndex,
@@ -795,7 +653,7 @@ def _fine_tune(
         result=replace(before.result, restarts=before.result.restarts + restarts)
     )
     seconds["fine_tune"] = time.monotonic() - began
-    storage.write_bytes(storage.join(run, "fine_tune.csv"), _csv(made.history))
+    storage.write_bytes(storage.join(run, "fine_tune.csv"), results.csv_bytes(made.history))
     images = len(made.history) * index.examples("train")
     told: dict[str, Any] = {
         "blocks": settings.fine_tune.blocks,
@@ -880,143 +738,3 @@ def _identity(
         "weights_fingerprint": weights.fingerprint,
         "precision": precision,
     }
-
-
-def _csv(history: Sequence[Mapping[str, float]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]))
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
-
-
-def _write_results(
-    run: str,
-    history: Sequence[dict[str, float]],
-    tuned_history: Sequence[dict[str, float]],
-    scores: Mapping[str, Any],
-    index: ShardIndex,
-    events: tensorboard.EventLog,
-    restarts: Sequence[Mapping[str, Any]],
-) -> None:
-    from leafnet import plots  # matplotlib, which takes half a second to import
-
-    storage.write_bytes(storage.join(run, "history.csv"), _csv(history))
-    # Beside the splits only where there is something to tell.
-    told = {"restarts": restarts} if restarts else {}
-    storage.write_json(storage.join(run, "metrics.json"), {**scores, **told})
-    storage.write_bytes(storage.join(run, "curves.png"), plots.curves_png(history))
-    shown = next(iter(scores))
-    confusion = plots.confusion_png(
-        scores[shown]["confusion"], index.class_names, title=f"{shown} split"
-    )
-    storage.write_bytes(storage.join(run, "confusion.png"), confusion)
-    events.results(
-        history,
-        scores,
-        images={"confusion": confusion},
-        samples=tensorboard.sample_photographs(index, shown),
-        fine_tune=tuned_history,
-    )
-    before = scores[shown].get("before_temperature", {"calibration": (), "ece": 0.0})
-    storage.write_bytes(
-        storage.join(run, "reliability.png"),
-        plots.reliability_png(
-            scores[shown]["calibration"],
-            ece=scores[shown]["ece"],
-            before=before["calibration"],
-            ece_before=before["ece"],
-        ),
-    )
-
-
-def _provenance(
-    settings: TrainSettings,
-    index: ShardIndex,
-    weights: backbone.Weights,
-    precision: str,
-    scores: Mapping[str, Any],
-    state: checkpoint.TrainState,
-) -> dict[str, Any]:
-    return {
-        "trained_at": _now(),
-        "precision": precision,
-        "head": ", ".join(map(str, [*settings.head.units, len(index.class_names)])) + " units",
-        "backbone": {"source": weights.source, "fingerprint": weights.fingerprint},
-        "data": {
-            "shards": index.root,
-            "fingerprint": index.fingerprint,
-            "examples": {split: index.examples(split) for split in SPLITS},
-        },
-        "best_epoch": state.best_epoch,
-        "metrics": dict(scores),
-        "settings": settings.model_dump(mode="json"),
-        "versions": bundle.versions(),
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _say_results(
-    run: str,
-    scores: Mapping[str, Any],
-    model_id: str,
-    seconds: float,
-    state: checkpoint.TrainState,
-) -> None:
-    say_scores(scores)
-    say()
-    say(f"model     {storage.join(run, 'model')}   id {model_id}, of epoch {state.best_epoch}")
-    say(f"also in   {run}: metrics.json history.csv curves.png confusion.png reliability.png")
-    say("          config.yaml, and evaluation/ with the mistakes worth a look")
-    say(f"log       {storage.join(run, 'train.log')}")
-    say(f"done in {terminal.duration(seconds)}")
-
-
-def say_scores(scores: Mapping[str, Any]) -> None:
-    """Print a table of results: a row a split, then the classes of the first split."""
-    say()
-    terminal.table(
-        "",
-        ["split", "images", "accuracy", "95 % interval", "macro F1", "log loss", "ECE"],
-        [
-            [
-                split,
-                f"{of_split['examples']:,}",
-                f"{of_split['accuracy']:.3f}",
-                f"{of_split['accuracy_low']:.3f} to {of_split['accuracy_high']:.3f}",
-                f"{of_split['macro_f1']:.3f}",
-                f"{of_split['log_loss']:.3f}",
-                f"{of_split['ece']:.3f}",
-            ]
-            for split, of_split in scores.items()
-        ],
-    )
-    first = next(iter(scores))
-    say()
-    terminal.table(
-        "",
-        [f"class ({first})", "images", "precision", "recall", "F1"],
-        [
-            [
-                name,
-                f"{of_class['support']:,}",
-                f"{of_class['precision']:.3f}",
-                f"{of_class['recall']:.3f}",
-                f"{of_class['f1']:.3f}",
-            ]
-            for name, of_class in scores[first]["per_class"].items()
-        ],
-    )
