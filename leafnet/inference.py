@@ -79,7 +79,7 @@ def extract(
     for part in plan.missing:
         groups.setdefault(part.shard, {}).setdefault(part.row_group, []).append(part)
     board = Board()
-    results = _over_shards(
+    results = over_shards(
         index,
         list(groups),
         wanted={shard.name: set(of_shard) for shard, of_shard in groups.items()},
@@ -142,7 +142,7 @@ def predict(
     """
     wanted = {split: gallery.ordered(index, split) for split in splits}
     board = Board()
-    results = _over_shards(
+    results = over_shards(
         index,
         [shard for of_split in wanted.values() for shard in of_split],
         wanted=None,
@@ -324,7 +324,7 @@ def _photographs(index: ShardIndex, split: str, image_size: int) -> Iterator[tup
                 yield decode(image, image_size).pixels, label
 
 
-def _over_shards(
+def over_shards(
     index: ShardIndex,
     wanted_shards: Sequence[Shard],
     *,
@@ -334,7 +334,18 @@ def _over_shards(
     actor_args: tuple[Any, ...],
     machines: Machines,
 ) -> "ray.data.Dataset":
-    """The pipeline: shards -> row groups of pixels -> what `actor` makes of each."""
+    """The pipeline: shards -> row groups of pixels -> what `actor` makes of each.
+
+    Args:
+        index: of the data set.
+        wanted_shards: to be read.
+        wanted: row groups by name of their shard; none: all.
+        image_size: of the pixels, uint8 [B, image_size, image_size, 3].
+        actor: made with `actor_args`, the threads that it has, and whether it has a GPU; called
+            with a row group.
+        actor_args: the first arguments of `actor`.
+        machines: what it is spread over.
+    """
     # A block each: `repartition` would do it with a task that takes a whole CPU, which a machine
     # with two has not left beside the actor, and the job would wait for ever.
     items = [pa.table({"shard": [shard.name]}) for shard in wanted_shards]

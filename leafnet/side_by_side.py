@@ -68,7 +68,7 @@ def _logits_of_size(
         heads.append((place, model.head))
     wanted = index.of_split(split)
     board = Board()
-    results = inference._over_shards(
+    results = inference.over_shards(
         index,
         wanted,
         wanted=None,
