@@ -215,12 +215,12 @@ class FineTuneSettings(Settings):
     blocks: int | Literal["all"] = Field(
         0, description="stages trained, counted from the end, 0 to 4 or all; 0: do not fine-tune"
     )
-    epochs: int = Field(30, ge=1, description="passes over the training images [epochs]")
+    epochs: int = Field(40, ge=1, description="passes over the training images [epochs]")
     batch_size: int = Field(
-        32, ge=1, description="global batch, shared out among the workers [images]"
+        16, ge=1, description="global batch, shared out among the workers [images]"
     )
     learning_rate: float = Field(
-        2e-3,
+        3e-3,
         gt=0,
         description="peak rate of AdamW for the last stage and the head, relative to the scale of "
         "what is trained",
@@ -253,11 +253,11 @@ class FineTuneSettings(Settings):
         "auto: image_size. Validation and the model look at image_size all the same",
     )
     crop: float = Field(
-        0.4, gt=0, le=1, description="smallest area of a random crop [share]; 1: no crops"
+        0.5, gt=0, le=1, description="smallest area of a random crop [share]; 1: no crops"
     )
-    brightness: float = Field(0.2, ge=0, lt=1, description="largest change of brightness [share]")
+    brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness [share]")
     colour: float = Field(
-        0.2, ge=0, lt=1, description="largest change of saturation, twice that of tint [share]"
+        0.1, ge=0, lt=1, description="largest change of saturation, twice that of tint [share]"
     )
     mixup: float = Field(
         0.0, ge=0, description="alpha of Mixup, pairs of images blended into each other; 0: off"
