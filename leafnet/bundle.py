@@ -455,6 +455,11 @@ def _card_of_review(document: dict[str, Any] | None) -> list[str]:
             ", and all others as well: no confidence gave "
             f"{document['precision_target']:.0%} right predictions on validation."
         )
+    elif document["confidence"] == 0:
+        lines[-1] += (
+            ", and none for its confidence: of all validation photographs at least "
+            f"{document['precision_target']:.0%} are right."
+        )
     else:
         lines[-1] += (
             f" or a confidence under {document['confidence']:.3f}, chosen on validation so that "

@@ -322,6 +322,11 @@ def _curves(
         alone = before.get(f"valid_{quantity}")
         if alone is not None:
             told += f" Dotted: the head alone on validation, {show(alone)}."
+        if quantity == "loss":
+            limit = charts.loss_limit(history, alone)
+            losses = [row.get(f"{of}_loss", 0.0) for row in history for of in ("train", "valid")]
+            if max(losses) > limit:
+                told += f" Higher than {limit:.2g} it is cut off: the most was {max(losses):.3g}."
         svg = charts.curves(history, quantity, best_epoch=best_epoch, told=told, head_alone=alone)
         made.append((quantity.capitalize(), svg, told))
     return made
@@ -334,9 +339,11 @@ def _fine_tune(
     if not facts or not history:
         return None
     alone, best = facts.get("head_alone_valid", {}), facts["best_epoch"]
-    stages = {"all": "all stages", 1: "the last of 4 stages"}.get(
-        facts["blocks"], f"the last {facts['blocks']} of 4 stages"
-    )
+    stages = {
+        "all": "all 4 stages and the stem",
+        1: "the last of 4 stages",
+        4: "all 4 stages",
+    }.get(facts["blocks"], f"the last {facts['blocks']} of 4 stages")
     count = f"{len(history)} epoch{'s' * (len(history) > 1)}"
     if not facts["published"]:
         lowest = min(history, key=lambda row: row.get("valid_loss", math.inf))

@@ -264,12 +264,12 @@ def say_results(
     scores: Mapping[str, Any],
     model_id: str,
     seconds: float,
-    state: checkpoint.TrainState,
+    made_of: str,
 ) -> None:
     """Print the scores, and where to find what was made."""
     _say_scores(scores)
     say()
-    say(f"model     {storage.join(run, 'model')}   id {model_id}, of epoch {state.best_epoch}")
+    say(f"model     {storage.join(run, 'model')}   id {model_id}, {made_of}")
     say(f"also in   {run}: metrics.json history.csv curves.png confusion.png reliability.png")
     say("          config.yaml, and evaluation/ with the mistakes worth a look")
     say(f"log       {storage.join(run, 'train.log')}")

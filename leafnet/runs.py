@@ -306,7 +306,10 @@ def _train_on(
         parameters=config.flat(settings.model_dump(mode="json")),
         fine_tune=tuned_history,
     )
-    results.say_results(run, scores, model_id, seconds["total"], result.state)
+    made_of = f"of epoch {result.state.best_epoch}"
+    if network.weights is not weights:
+        made_of = f"fine-tuned, of epoch {tuned['best_epoch']}"
+    results.say_results(run, scores, model_id, seconds["total"], made_of)
     say(f"report    {told}")
     terminal.result(
         run=run,
@@ -435,7 +438,9 @@ def _say_plan(
     if settings.fine_tune.blocks:
         tuned = settings.fine_tune
         batch = min(tuned.batch_size, examples)
-        stages = "all stages" if tuned.blocks == "all" else f"the last {tuned.blocks} of 4 stages"
+        stages = {"all": "all 4 stages and the stem", 4: "all 4 stages"}.get(
+            tuned.blocks, f"the last {tuned.blocks} of 4 stages"
+        )
         say(
             f"fine-tune {stages}, {tuned.epochs} epochs of {steps_per_epoch(examples, batch)} "
             f"steps; global batch {batch}"

@@ -211,6 +211,32 @@ def test_fine_tuning_that_gained_nothing(tmp_path: Path, data_set: ShardIndex) -
     assert page.text.count("No epoch was better than the head alone.") == 2
 
 
+def test_a_peak_is_cut_off_and_told(tmp_path: Path, data_set: ShardIndex) -> None:
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, data_set)
+    head, *rows = (run / "history.csv").read_text().splitlines()
+    fields = rows[1].split(",")
+    fields[head.split(",").index("valid_loss")] = "987.0"
+    (run / "history.csv").write_text("\n".join([head, rows[0], ",".join(fields), *rows[2:]]))
+    report.write(str(run))
+    assert "it is cut off: the most was 987." in written(run).text
+
+
+def test_no_confidence_is_too_low(tmp_path: Path, data_set: ShardIndex) -> None:
+    run = tmp_path / "leaves"
+    run.mkdir()
+    stored.write_run(run, data_set)
+    path = run / "model" / "model.json"
+    model = json.loads(path.read_text())
+    model["review"]["confidence"] = 0.0
+    path.write_text(json.dumps(model))
+    report.write(str(run))
+    text = written(run).text
+    assert "No photograph is for review for its confidence" in text
+    assert "confidence under" not in text
+
+
 def test_fine_tuning_without_a_validation_split(tmp_path: Path, data_set: ShardIndex) -> None:
     run = tmp_path / "leaves"
     run.mkdir()
@@ -221,5 +247,5 @@ def test_fine_tuning_without_a_validation_split(tmp_path: Path, data_set: ShardI
     (run / "run.json").write_text(json.dumps(facts))
     report.write(str(run))
     page = written(run)
-    assert "Of fine-tuning all stages for 1 epoch, epoch 1 is published" in page.text
+    assert "Of fine-tuning all 4 stages and the stem for 1 epoch, epoch 1 is published" in page.text
     assert "Dotted" not in page.text
