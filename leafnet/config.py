@@ -287,6 +287,16 @@ class FineTuneSettings(Settings):
         return value
 
 
+def stages(blocks: int | str) -> str:
+    """What `fine_tune.blocks` trains, in words.
+
+    >>> stages(2), stages(4)
+    ('the last 2 of 4 stages', 'all 4 stages')
+    """
+    words = {1: "the last of 4 stages", 4: "all 4 stages", "all": "all 4 stages and the stem"}
+    return words.get(blocks, f"the last {blocks} of 4 stages")
+
+
 class CacheSettings(Settings):
     """Where computed features are kept."""
 

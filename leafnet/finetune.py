@@ -305,6 +305,54 @@ def check_batch(settings: FineTuneSettings, *, examples: int, workers: int) -> N
         )
 
 
+def measured_rate(
+    *,
+    weights: Convolutions,
+    head: Head,
+    settings: FineTuneSettings,
+    precision: str,
+    image_size: int,
+    steps: int,
+    seconds: float,
+) -> float:
+    """Examples a second that one worker learns from by itself, on blank photographs.
+
+    Args:
+        weights: of the whole network, folded.
+        head: of the shape that the run's will have.
+        settings: `batch_size` is what the worker has of a global batch.
+        precision: of convolutions.
+        image_size: of the photographs.
+        steps: taken at most after the first, which compiles.
+        seconds: that they take, more or less.
+    """
+    batch = settings.batch_size
+    blank = np.zeros((batch, image_size, image_size, 3), np.uint8)
+    data = Photographs(np.zeros(batch, np.int32), lambda rows: blank[rows])
+    width = head[0][0].shape[0]
+    tuner = _Tuner(
+        TuningData(data, data, np.zeros(width, np.float32), np.ones(width, np.float32)),
+        weights=weights,
+        head=head,
+        settings=settings.model_copy(update={"epochs": 1 + steps}),
+        class_weights="none",
+        precision=precision,
+        image_size=image_size,
+        num_classes=head[-1][1].size,
+        seed=0,
+        place=Place(0, 1),
+        batch=batch,
+        steps=1,
+    )
+    batches = tuner.batches(0)
+    tuner.train(batches, 0, 1, lambda count: None)
+    began, taken = time.monotonic(), 0
+    while taken < steps and (taken == 0 or time.monotonic() - began < seconds):
+        tuner.train(batches, 1 + taken, 1, lambda count: None)
+        taken += 1
+    return taken * batch / (time.monotonic() - began)
+
+
 def _mixes(settings: FineTuneSettings) -> bool:
     return settings.mixup > 0 or settings.cutmix > 0
 

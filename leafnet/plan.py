@@ -36,6 +36,8 @@ class Room:
     cache: int  # of the features, all of them
     cache_new: int  # of the features that are computed
     local: int  # of the copy of the features on each node that fits the head
+    photographs: int  # decoded, on each node that fine-tunes; 0: none are kept
+    checkpoints: int  # of fine-tuning, all that are kept
     memory: int  # of a node, at most
 
 
@@ -90,10 +92,26 @@ def local_bytes(examples: Mapping[str, int], views: int) -> int:
     return vectors * FEATURES * 2 + total * 4
 
 
+def photograph_bytes(examples: Mapping[str, int], image_size: int, *, most: float) -> int:
+    """Bytes of the decoded photographs of train and valid that each node keeps, `most` of a split.
+
+    >>> photograph_bytes({"train": 900, "valid": 300}, 160, most=1e9)
+    92160000
+    """
+    of_each = (examples[split] * image_size**2 * 3 for split in ("train", "valid"))
+    return sum(size for size in of_each if size <= most)
+
+
 def node_memory(
-    *, actors: int, actor_bytes: int, workers: int, row_group: int, image_size: int
+    *,
+    actors: int,
+    actor_bytes: int,
+    workers: int,
+    row_group: int,
+    image_size: int,
+    tuner_bytes: int = 0,
 ) -> int:
-    """Bytes that a node needs: while features are computed, or while the head is fitted.
+    """Bytes that a node needs: while features are computed, the head is fitted, or it fine-tunes.
 
     Args:
         actors: processes with the network on the node; 0: all features are there.
@@ -101,9 +119,10 @@ def node_memory(
         workers: processes that fit the head on the node.
         row_group: rows of the largest.
         image_size: pixels.
+        tuner_bytes: of each process that fine-tunes; 0: none does.
     """
     between = actors * _GROUPS_BETWEEN * row_group * image_size**2 * 3
-    stages = (actors * actor_bytes + between, workers * _TENSORFLOW_BYTES)
+    stages = (actors * actor_bytes + between, workers * max(_TENSORFLOW_BYTES, tuner_bytes))
     return _RAY_BYTES + _DRIVER_BYTES + max(stages)
 
 

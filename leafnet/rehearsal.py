@@ -13,23 +13,48 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from leafnet import backbone, cluster, features, machine, plan, shards, storage, terminal
-from leafnet.config import SPLITS, TrainSettings
+from leafnet import (
+    backbone,
+    cluster,
+    config,
+    features,
+    finetune,
+    machine,
+    plan,
+    shards,
+    storage,
+    terminal,
+)
+from leafnet.classifier import Head, initial_head
+from leafnet.config import SPLITS, FineTuneSettings, TrainSettings
 from leafnet.errors import UserError
 from leafnet.machine import Machine
 from leafnet.shards import Shard, ShardIndex
 from leafnet.terminal import say
+from leafnet.training import steps_per_epoch
 
 # A process computes at most so many views on CPUs at a time, and so many batches or seconds, to
-# tell how fast it is.
-_VIEWS, _BATCHES, _SECONDS = 16, 4, 2.0
+# tell how fast it is, and takes so many steps of fine-tuning.
+_VIEWS, _BATCHES, _STEPS, _SECONDS = 16, 4, 4, 2.0
+# Arrays of a checkpoint of fine-tuning for each variable: it, two moments, two averages.
+_GROUPS = 5
 
 
 class _Rate(NamedTuple):
     """What a process with the network does, as measured."""
 
-    per_second: float  # views
+    per_second: float  # views, or examples that are learnt from
     memory: int  # bytes, its peak
+
+
+class _Tuning(NamedTuple):
+    """What fine-tuning takes."""
+
+    steps: int
+    seconds: float  # for the steps alone
+    rate: _Rate
+    photographs: int  # bytes that are decoded and kept on each node
+    checkpoints: int  # bytes
 
 
 def run(
@@ -65,7 +90,7 @@ def run(
         _say_nodes(found)
         say(f"storage   written, read, listed and deleted: {', '.join(stores)}")
         machines = cluster.machines(nodes, settings.gpu)
-        count, _ = cluster.workers_for(nodes, settings.workers, machines.gpus)
+        count, cpus = cluster.workers_for(nodes, settings.workers, machines.gpus)
         workers = count if isinstance(count, int) else count[1]  # of a range the most
         precision, why = cluster.choose_precision(settings.precision, gpu=machines.gpus > 0)
         batch_size = cluster.batch_size(settings.batch_size, gpus=machines.gpus)
@@ -110,20 +135,28 @@ def run(
                     machines.gpus > 0,
                 )
             )
-    examples = {split: index.examples(split) for split in SPLITS}
+        tuning = None
+        if settings.fine_tune.blocks:
+            tuning = _plan_tuning(
+                settings, index, weights, precision, workers, cpus, gpu=machines.gpus > 0
+            )
+    counts = {split: index.examples(split) for split in SPLITS}
     room = plan.Room(
         cache=plan.cache_bytes(cached.parts),
         cache_new=plan.cache_bytes(cached.missing),
-        local=plan.local_bytes(examples, views),
+        local=plan.local_bytes(counts, views),
+        photographs=tuning.photographs if tuning else 0,
+        checkpoints=tuning.checkpoints if tuning else 0,
         memory=plan.node_memory(
             actors=-(-machines.actors // len(nodes)) if measured else 0,
             actor_bytes=measured.memory if measured else 0,
             workers=-(-workers // len(nodes)),
             row_group=max(max(shard.row_groups) for shard in index.shards),
             image_size=settings.image_size,
+            tuner_bytes=tuning.rate.memory if tuning else 0,
         ),
     )
-    _say_room(room, cache, found)
+    _say_room(room, run, cache, found)
     seconds = None
     if measured:
         seconds = plan.seconds(work.views - work.cached, measured.per_second, machines.actors)
@@ -132,13 +165,21 @@ def run(
             f"process{'es' * (machines.actors > 1)}, {measured.per_second:,.1f} views/s each, as "
             "just measured"
         )
-        say("          start and head come on top")
+    if tuning:
+        say(
+            f"{'' if measured else 'time':10}{terminal.duration(tuning.seconds)} for the steps of "
+            f"fine-tuning: {workers} worker{'s' * (workers > 1)}, {tuning.rate.per_second:,.1f} "
+            "images/s each, as just measured"
+        )
+    if measured or tuning:
+        left = "start, head, and fine-tuning's validation" if tuning else "start and head"
+        say(f"          {left} come on top")
     else:
         say("time      that of the start and the head; all features are there")
     if settings.features == "online":
         passes = settings.head.epochs * index.examples("train")
         say(f"          and the network over {passes:,} more views, as --features online wants")
-    _refuse_small_disks(room, cache, found)
+    _refuse_small_disks(room, run, cache, found)
     terminal.result(
         run=run,
         plan={
@@ -146,6 +187,8 @@ def run(
             **vars(room),
             "views_per_second": measured and round(measured.per_second, 2),
             "features_seconds": seconds and round(seconds, 1),
+            "fine_tune_steps": tuning and tuning.steps,
+            "fine_tune_seconds": tuning and round(tuning.seconds, 1),
             "precision": precision,
             "workers": workers,
             "gpus": machines.gpus,
@@ -223,6 +266,82 @@ def _measure(
     return _Rate(rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def _measure_steps(
+    weights: Any,
+    head: Head,
+    settings: FineTuneSettings,
+    image_size: int,
+    precision: str,
+    threads: int,
+    gpu: bool,
+) -> _Rate:
+    """How fast a worker takes steps of fine-tuning, once it has started."""
+    backbone.limit_threads(threads, gpu=gpu)
+    rate = finetune.measured_rate(
+        weights=weights,
+        head=head,
+        settings=settings,
+        precision=precision,
+        image_size=image_size,
+        steps=_STEPS,
+        seconds=_SECONDS,
+    )
+    return _Rate(rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _plan_tuning(
+    settings: TrainSettings,
+    index: ShardIndex,
+    weights: backbone.Weights,
+    precision: str,
+    workers: int,
+    cpus: float,
+    *,
+    gpu: bool,
+) -> _Tuning:
+    """What fine-tuning takes on `workers` of `cpus` each, some steps of one of them tried."""
+    tuned, examples = settings.fine_tune, index.examples("train")
+    finetune.check_batch(tuned, examples=examples, workers=workers)
+    batch = min(tuned.batch_size, examples)
+    per_epoch = steps_per_epoch(examples, batch)
+    steps = tuned.epochs * per_epoch
+    say(
+        f"fine-tune {config.stages(tuned.blocks)}, {tuned.epochs} epochs of {per_epoch:,} steps = "
+        f"{steps:,}; global batch {batch}, {batch / workers:g} on each of {workers} "
+        f"worker{'s' * (workers > 1)}"
+    )
+    head = initial_head(
+        settings.head.units, len(index.class_names), inputs=backbone.FEATURES, seed=0
+    )
+    share = max(2, batch // workers // 2 * 2)  # examples may be mixed in pairs
+    task = ray.remote(num_cpus=cpus, num_gpus=1 if gpu else 0, max_calls=1)(_measure_steps)
+    rate = ray.get(
+        task.remote(
+            weights.convolutions,
+            head,
+            tuned.model_copy(update={"batch_size": share}),
+            settings.image_size,
+            precision,
+            max(1, round(cpus)),
+            gpu,
+        )
+    )
+    trained = finetune.initial_arrays(weights.convolutions, head, tuned.blocks)
+    of_one = _GROUPS * sum(array.nbytes for array in trained.values())
+    return _Tuning(
+        steps=steps,
+        seconds=steps * batch / (rate.per_second * workers),
+        rate=rate,
+        photographs=plan.photograph_bytes(
+            {split: index.examples(split) for split in SPLITS},
+            settings.image_size,
+            most=tuned.local_gb * 1e9,
+        ),
+        # The one that is being written is beside those that are kept.
+        checkpoints=(settings.checkpoint.keep + 1) * of_one,
+    )
+
+
 def _say_data(index: ShardIndex) -> None:
     counts = "/".join(f"{index.examples(split):,}" for split in SPLITS)
     size = sum(shard.bytes for shard in index.shards)
@@ -255,13 +374,21 @@ def _comparable(versions: dict[str, str]) -> dict[str, str]:
     return versions | {"python": ".".join(versions["python"].split(".")[:2])}
 
 
-def _say_room(room: plan.Room, cache: str, found: dict[str, Machine]) -> None:
+def _say_room(room: plan.Room, run: str, cache: str, found: dict[str, Machine]) -> None:
     folder = next(iter(found.values())).folder
     say(
         f"disk      {_mb(room.cache_new)} of features to come, {_mb(room.cache)} with those there, "
         f"in {cache}"
     )
     say(f"          {_mb(room.local)} in {folder} of each node that fits the head, while it does")
+    if room.checkpoints:
+        say(
+            f"          {_mb(room.photographs)} of decoded photographs there while it fine-tunes"
+            if room.photographs
+            else "          no decoded photographs there: they are more than --fine_tune.local_gb, "
+            "and decoded in each epoch"
+        )
+        say(f"          {_mb(room.checkpoints)} of checkpoints of fine-tuning in {run}")
     least = min(node.memory_free for node in found.values())
     say(f"memory    about {_gb(room.memory)} on a node; {_gb(least)} are free on the fullest")
     if room.memory > least:
@@ -270,23 +397,31 @@ def _say_room(room: plan.Room, cache: str, found: dict[str, Machine]) -> None:
         )
 
 
-def _refuse_small_disks(room: plan.Room, cache: str, found: dict[str, Machine]) -> None:
+def _refuse_small_disks(room: plan.Room, run: str, cache: str, found: dict[str, Machine]) -> None:
     for name, node in found.items():
-        if room.local > node.disk_free:
-            raise UserError(
-                "disk-full",
-                f"{node.folder} of {name} has {_mb(node.disk_free)} free, and the features take "
-                f"{_mb(room.local)}; make room, set TMPDIR to a larger disk, or give fewer --views",
-            )
-    if storage.is_local(cache):
-        there = next(path for path in (Path(cache), *Path(cache).parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if room.cache_new > free:
-            raise UserError(
-                "disk-full",
-                f"{cache} has {_mb(free)} free, and the features take {_mb(room.cache_new)}; make "
-                "room, give another --cache.url, or fewer --views",
-            )
+        for size, what, instead in (
+            (room.local, "features", "give fewer --views"),
+            (room.photographs, "decoded photographs", "give less --fine_tune.local_gb"),
+        ):
+            if size > node.disk_free:
+                raise UserError(
+                    "disk-full",
+                    f"{node.folder} of {name} has {_mb(node.disk_free)} free, and the {what} take "
+                    f"{_mb(size)}; make room, set TMPDIR to a larger disk, or {instead}",
+                )
+    for folder, size, what, instead in (
+        (cache, room.cache_new, "features", "give another --cache.url, or fewer --views"),
+        (run, room.checkpoints, "checkpoints of fine-tuning", "give another --out"),
+    ):
+        if storage.is_local(folder):
+            there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+            free = shutil.disk_usage(there).free
+            if size > free:
+                raise UserError(
+                    "disk-full",
+                    f"{folder} has {_mb(free)} free, and the {what} take {_mb(size)}; make room, "
+                    f"or {instead}",
+                )
 
 
 def _mb(size: int) -> str:

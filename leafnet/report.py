@@ -339,11 +339,7 @@ def _fine_tune(
     if not facts or not history:
         return None
     alone, best = facts.get("head_alone_valid", {}), facts["best_epoch"]
-    stages = {
-        "all": "all 4 stages and the stem",
-        1: "the last of 4 stages",
-        4: "all 4 stages",
-    }.get(facts["blocks"], f"the last {facts['blocks']} of 4 stages")
+    stages = config.stages(facts["blocks"])
     count = f"{len(history)} epoch{'s' * (len(history) > 1)}"
     if not facts["published"]:
         lowest = min(history, key=lambda row: row.get("valid_loss", math.inf))

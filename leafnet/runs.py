@@ -438,12 +438,9 @@ def _say_plan(
     if settings.fine_tune.blocks:
         tuned = settings.fine_tune
         batch = min(tuned.batch_size, examples)
-        stages = {"all": "all 4 stages and the stem", 4: "all 4 stages"}.get(
-            tuned.blocks, f"the last {tuned.blocks} of 4 stages"
-        )
         say(
-            f"fine-tune {stages}, {tuned.epochs} epochs of {steps_per_epoch(examples, batch)} "
-            f"steps; global batch {batch}"
+            f"fine-tune {config.stages(tuned.blocks)}, {tuned.epochs} epochs of "
+            f"{steps_per_epoch(examples, batch)} steps; global batch {batch}"
         )
 
 

@@ -130,7 +130,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "rehearsal": {
         *("errors", "config", "storage", "terminal", "machine", "shards", "backbone", "features"),
-        *("plan", "cluster"),
+        *("classifier", "training", "finetune", "plan", "cluster"),
     },
     "doctor": {
         *("errors", "config", "storage", "terminal", "machine", "backbone", "openvino_graph"),

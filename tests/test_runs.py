@@ -251,6 +251,20 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_tells_what_fine_tuning_takes(
+    local_ray: None, data_set: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tuned = {"blocks": 1, "epochs": 3, "batch_size": 12, "local_gb": 1}
+    plan = dry_run(settings(data_set, tmp_path / "runs", dry_run=True, fine_tune=tuned), capfd)
+    assert plan["fine_tune_steps"] == 3 * 3
+    assert plan["fine_tune_seconds"] > 0
+    assert plan["photographs"] == (36 + 9) * 64**2 * 3
+    # Of conv5 and the head: variables, two moments and two averages, three times.
+    assert 3 * 5 * 4 * 14.9e6 < plan["checkpoints"] < 3 * 5 * 4 * 16.2e6
+    assert plan["memory"] > 10**9
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dry_run_counts_what_is_cached(
     run: tuple[TrainSettings, Path], data_set: ShardIndex, capfd: pytest.CaptureFixture[str]
 ) -> None:
