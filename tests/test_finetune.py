@@ -292,9 +292,13 @@ def test_two_workers_take_the_steps_of_one_also_from_inside_an_epoch(
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
-    """Equal to a hundred thousandth of their scale."""
+    """Equal to three hundred thousandths of their scale.
+
+    Adam divides each gradient by its size: one that is nearly 0 moves its weight by what rounding
+    leaves of it.
+    """
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(scale, 1e-3))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * max(scale, 1e-3))
 
 
 @pytest.mark.ray
@@ -313,7 +317,11 @@ def test_a_run_publishes_what_was_fine_tuned(
                 "views": 1,
                 "precision": "float32",
                 "head": {"units": [], "epochs": 1},
-                "fine_tune": {"blocks": 1, "epochs": 2, "batch_size": 12},
+                # So little, and so mild, that random weights do not lose by it.
+                "fine_tune": {
+                    **{"blocks": 1, "epochs": 2, "batch_size": 12, "learning_rate": 0.002},
+                    **{"crop": 0.4, "brightness": 0.2, "colour": 0.2},
+                },
             }
         )
     )
