@@ -90,10 +90,10 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         return
     _refuse_strangers(out)
     began = time.monotonic()
+    terminal.keeps("nothing of the data set is kept, it is made in one go")
     with lock.hold(out, timeout_s=settings.lock_timeout) as held:
         _mark_unfinished(out)
         with terminal.log_to(out, _LOG):
-            terminal.keeps("nothing of the data set is kept, it is made in one go")
             _say_listing(listing)
             index, plan, read = _prepare(settings, listing, out, held)
             _say_results(index, plan, read, time.monotonic() - began)

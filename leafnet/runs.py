@@ -102,13 +102,13 @@ def train(settings: TrainSettings) -> None:
     if settings.dry_run:
         rehearsal.run(settings, run, index, weights, views=_views(settings))
         return
+    terminal.keeps(f"features and checkpoints are kept in {settings.out}")
     with lock.hold(run, timeout_s=settings.lock_timeout) as held:
         # Another job may have had the run until now.
         if _nothing_to_do(run, settings, index):
             return
         started_before = storage.exists(storage.join(run, "config.yaml"))
         with terminal.log_to(run, "train.log"):
-            terminal.keeps(f"features and checkpoints are kept in {settings.out}")
             say(f"run {run}" + ("   goes on where it stopped" if started_before else ""))
             storage.write_bytes(storage.join(run, "config.yaml"), config.to_yaml(settings).encode())
             with (
