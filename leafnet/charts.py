@@ -108,7 +108,8 @@ def curves(
     if quantity == "accuracy":
         low, high = max(0.0, min(values) - 0.08 * max(1 - min(values), 0.02)), 1.0
     else:
-        low, high = 0.0, 1.06 * loss_limit(history, head_alone) or 1.0
+        low, high = 0.0, 1.06 * loss_limit(history, head_alone)[0] or 1.0
+    series = {name: [(x, min(y, high)) for x, y in points] for name, points in series.items()}
     axes = _Axes(first, last, low, high, right=_WIDTH - 48)
     show: Format = _percent if quantity == "accuracy" else lambda value: f"{value:g}"
     parts = [_y_axis(axes, show)]
@@ -124,12 +125,12 @@ def curves(
         ends.append((y, "head"))
     for name, points in series.items():
         if points:
-            places = (f"{axes.x(x):.1f} {axes.y(min(y, high)):.1f}" for x, y in points)
-            parts.append(f'<path class="line {name}" d="M{"L".join(places)}"/>')
+            line = "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in points)
+            parts.append(f'<path class="line {name}" d="{line}"/>')
             ends.append((axes.y(points[-1][1]), name))
     for x, y in series["valid"]:
         if x == best_epoch:
-            at = f'cx="{axes.x(x):.1f}" cy="{axes.y(min(y, high)):.1f}"'
+            at = f'cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}"'
             parts.append(f'<circle class="dot valid" {at} r="4"/>')
     ends.sort()
     for y, (_, name) in zip(_apart([y for y, _ in ends], 14), ends, strict=True):
@@ -137,20 +138,22 @@ def curves(
     return _svg(parts, told)
 
 
-def loss_limit(history: Sequence[Mapping[str, float]], head_alone: float | None = None) -> float:
-    """Where a chart of losses ends: at the largest, or sooner where a few would flatten the rest.
+def loss_limit(
+    history: Sequence[Mapping[str, float]], head_alone: float | None = None
+) -> tuple[float, float]:
+    """Where a chart of losses ends, and the largest loss, which may be above it.
+
+    It ends at the largest, or sooner where a few would flatten the rest.
 
     >>> loss_limit([{"train_loss": 1.0, "valid_loss": 1.5}] * 19 + [{"train_loss": 90.0}])
-    4.5
+    (4.5, 90.0)
     >>> loss_limit([{"train_loss": 2.0}, {"train_loss": 1.0}])
-    2.0
+    (2.0, 2.0)
     """
-    values = [row.get(f"{name}_loss", math.nan) for row in history for name in ("train", "valid")]
-    values = sorted(value for value in values if math.isfinite(value))
-    if head_alone is not None:
-        values.append(head_alone)
-    usual = values[int(0.9 * (len(values) - 1))]
-    return min(max(values), max(3 * usual, head_alone or 0.0))
+    losses = [row.get(f"{name}_loss", math.nan) for row in history for name in ("train", "valid")]
+    losses = sorted(loss for loss in losses if math.isfinite(loss)) or [0.0]
+    usual = losses[int(0.9 * (len(losses) - 1))]
+    return max(min(losses[-1], 3 * usual), head_alone or 0.0), losses[-1]
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:

@@ -117,8 +117,7 @@ def run(
         say(f"          cache {root}")
         say(
             f"head      {settings.head.epochs} epochs of {work.steps_per_epoch:,} steps = "
-            f"{work.steps:,}; global batch {work.batch_size}, "
-            f"{work.batch_size / workers:g} on each of {workers} worker{'s' * (workers > 1)}"
+            f"{work.steps:,}; {_shared(work.batch_size, workers)}"
         )
         measured = None
         if cached.missing:
@@ -307,8 +306,7 @@ def _plan_tuning(
     steps = tuned.epochs * per_epoch
     say(
         f"fine-tune {config.stages(tuned.blocks)}, {tuned.epochs} epochs of {per_epoch:,} steps = "
-        f"{steps:,}; global batch {batch}, {batch / workers:g} on each of {workers} "
-        f"worker{'s' * (workers > 1)}"
+        f"{steps:,}; {_shared(batch, workers)}"
     )
     head = initial_head(
         settings.head.units, len(index.class_names), inputs=backbone.FEATURES, seed=0
@@ -339,6 +337,13 @@ def _plan_tuning(
         ),
         # The one that is being written is beside those that are kept.
         checkpoints=(settings.checkpoint.keep + 1) * of_one,
+    )
+
+
+def _shared(batch: int, workers: int) -> str:
+    return (
+        f"global batch {batch}, {batch / workers:g} on each of {workers} "
+        f"worker{'s' * (workers > 1)}"
     )
 
 

@@ -323,10 +323,9 @@ def _curves(
         if alone is not None:
             told += f" Dotted: the head alone on validation, {show(alone)}."
         if quantity == "loss":
-            limit = charts.loss_limit(history, alone)
-            losses = [row.get(f"{of}_loss", 0.0) for row in history for of in ("train", "valid")]
-            if max(losses) > limit:
-                told += f" Higher than {limit:.2g} it is cut off: the most was {max(losses):.3g}."
+            limit, largest = charts.loss_limit(history, alone)
+            if largest > limit:
+                told += f" Higher than {limit:.2g} it is cut off: the most was {largest:.3g}."
         svg = charts.curves(history, quantity, best_epoch=best_epoch, told=told, head_alone=alone)
         made.append((quantity.capitalize(), svg, told))
     return made

@@ -133,7 +133,7 @@ def interrupt(process: subprocess.Popen[str], kept: str) -> None:
     """As Ctrl-C in a shell: to the whole group of processes."""
     try:
         os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert stderr == f"interrupted: {kept}; run the same command again to go on\n"
     finally:
