@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -152,15 +152,17 @@ def forward(network: "keras.Model", pixels: NDArray[np.uint8], *, batch_size: in
 
     The last batch is padded with zeros and cut, so that the graph is compiled once.
     """
-    outputs = []
-    for start in range(0, len(pixels), batch_size):
-        batch = pixels[start : start + batch_size]
-        rows = len(batch)
-        if rows < batch_size:
-            padding = np.zeros((batch_size - rows, *batch.shape[1:]), batch.dtype)
-            batch = np.concatenate([batch, padding])
-        outputs.append(np.asarray(network.predict_on_batch(batch), np.float32)[:rows])
-    return np.concatenate(outputs)
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(pixels), batch_size):
+            batch = pixels[start : start + batch_size]
+            if len(batch) < batch_size:
+                padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
+                batch = np.concatenate([batch, padding])
+            yield batch
+
+    outputs = np.concatenate(list(backbone.run(network, batches())))
+    return np.asarray(outputs[: len(pixels)], np.float32)
 
 
 def save(

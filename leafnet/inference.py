@@ -453,9 +453,10 @@ class _Extractor:
             views = range(part.first, part.stop)
             out = np.empty((len(keys) * len(views), backbone.FEATURES), np.float16)
             done = 0
-            for stack in ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size)):
-                rows = min(len(out) - done, len(stack))
-                out[done : done + rows] = self._network.predict_on_batch(stack)[:rows]
+            stacks = ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size))
+            for made in backbone.run(self._network, stacks):
+                rows = min(len(out) - done, len(made))
+                out[done : done + rows] = made[:rows]
                 done += rows
                 self._board.post.remote(rows)
             features.write_part(

@@ -176,6 +176,48 @@ def test_trained_weights_are_float32_in_bfloat16(weights_file: str, images: np.n
     assert relative_error(np.asarray(parts.trained(maps)), np.asarray(whole(images))) < 0.01
 
 
+def test_a_network_gives_batch_after_batch_in_their_order() -> None:
+    weights = backbone.load_weights("random").convolutions
+    network = backbone.build(weights, image_size=32, precision="float32")
+    batches = np.random.default_rng(0).integers(0, 256, (7, 2, 32, 32, 3)).astype(np.uint8)
+    expected = [network.predict_on_batch(batch) for batch in batches]
+    assert list(backbone.run(network, iter([]))) == []
+    np.testing.assert_array_equal(list(backbone.run(network, iter(batches))), expected)
+
+
+def test_two_batches_are_in_a_network_at_a_time() -> None:
+    import keras
+    import tensorflow as tf
+
+    both = threading.Barrier(2)
+
+    def wait(batch: tf.Tensor) -> tf.Tensor:
+        both.wait(timeout=20)  # breaks, which is an error, where the other does not come
+        return batch
+
+    inputs = keras.Input((3,), dtype="uint8")
+    waiting = keras.layers.Lambda(
+        lambda x: tf.ensure_shape(tf.numpy_function(wait, [x], tf.uint8), x.shape), dtype="uint8"
+    )
+    network = keras.Model(inputs, waiting(inputs))
+    batches = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
+    np.testing.assert_array_equal(list(backbone.run(network, iter(batches))), batches)
+
+
+def test_what_goes_wrong_with_a_batch_is_met_in_its_place() -> None:
+    import keras
+
+    inputs = keras.Input((3,))
+    network = keras.Model(inputs, keras.layers.Rescaling(2.0)(inputs))
+
+    def batches() -> Iterator[np.ndarray]:
+        yield np.ones((2, 3), np.float32)
+        raise ValueError("the second")
+
+    with pytest.raises(ValueError, match="the second"):
+        list(backbone.run(network, batches()))
+
+
 def test_batches_are_made_ahead_until_nobody_takes_them() -> None:
     made: list[int] = []
 
