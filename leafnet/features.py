@@ -37,6 +37,10 @@ Features = NDArray[np.float16]
 MAX_TURN = 0.2
 _AUGMENTATION = f"flips, rotation {MAX_TURN}, reflect, version 1"
 
+# Vectors that are worked on at a time, so that memory does not grow with the data set: 16 MB in
+# float64.
+BLOCK = 1024
+
 _USED = "used.json"
 _AT_ONCE_BYTES = 256_000_000  # of parts that are read at the same time
 
@@ -280,7 +284,7 @@ def moments(features: Features, rows: NDArray[np.int64] | None = None) -> Moment
     total = np.zeros(features.shape[2])
     squares = np.zeros(features.shape[2])
     examples = features.shape[0] if rows is None else rows.size
-    step = max(1, 4096 // features.shape[1])
+    step = max(1, BLOCK // features.shape[1])
     for start in range(0, examples, step):
         stop = min(start + step, examples)
         block = features[start:stop] if rows is None else features[rows[start:stop]]

@@ -28,7 +28,7 @@ from leafnet import (
 )
 from leafnet.classifier import Head, fold_standardisation, head_logits
 from leafnet.config import SPLITS, HeadSettings
-from leafnet.features import Part, SplitFeatures
+from leafnet.features import BLOCK, Part, SplitFeatures
 from leafnet.images import decode
 from leafnet.local_cache import LocalCache
 from leafnet.metrics import Tally, empty_tally, tally
@@ -235,8 +235,8 @@ def tally_part(split: SplitFeatures, head: Head, place: Place, num_classes: int)
     """The counts of the worker's part of `split`, view 0, by `head` on raw features."""
     total = empty_tally(num_classes)
     start, stop = training.even_split(split.labels.size, place)
-    for at in range(start, stop, 8192):
-        rows = slice(at, min(at + 8192, stop))
+    for at in range(start, stop, BLOCK):
+        rows = slice(at, min(at + BLOCK, stop))
         total += tally(head_logits(head, split.features[rows, 0]), split.labels[rows])
     return total
 
@@ -274,20 +274,18 @@ def outcomes_of(
 
 def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
     parts = []
-    for at in range(0, split.labels.size, 8192):
-        of_part = np.asarray(split.features[at : at + 8192, 0], np.float32)
-        parts.append(
-            review.outcomes(
-                head_logits(head, of_part), split.labels[at : at + 8192], distance.distance(of_part)
-            )
-        )
+    for at in range(0, split.labels.size, BLOCK):
+        rows = slice(at, at + BLOCK)
+        vectors = np.asarray(split.features[rows, 0], np.float32)
+        logits = head_logits(head, vectors)
+        parts.append(review.outcomes(logits, split.labels[rows], distance.distance(vectors)))
     return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _logits(split: SplitFeatures, head: Head) -> NDArray[np.float32]:
     """Logits [N, C] of the plain views, a block at a time: the features may exceed memory."""
-    starts = range(0, split.labels.size, 8192)
-    return np.concatenate([head_logits(head, split.features[at : at + 8192, 0]) for at in starts])
+    starts = range(0, split.labels.size, BLOCK)
+    return np.concatenate([head_logits(head, split.features[at : at + BLOCK, 0]) for at in starts])
 
 
 class LocalFeatures(NamedTuple):

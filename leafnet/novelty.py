@@ -9,6 +9,7 @@ Bishop 1999), which also is what makes it small.
 `python -m tests.benchmarks.novelty` measures it beside others.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ _DIRECTIONS = 256
 # Photographs that the covariance is taken of, evenly from the whole split: ten times the features,
 # which bounds memory and time.
 _SAMPLE = 20_000
+# Of it at a time: all of it in float32, and in each step of the way, would be a gigabyte.
+_ROWS, _COLUMNS = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,29 @@ def fit(features: NDArray[np.floating]) -> Novelty:
     At most 20,000 rows are read, evenly from all.
     """
     count = len(features)
-    rows = np.arange(0, count, -(-count // _SAMPLE))
-    sample = np.asarray(features[rows], np.float32)
-    # A feature that is 0 on half of the photographs is measured by its mean.
-    unit = np.maximum(np.median(sample, axis=0), 0.1 * sample.mean(axis=0)) + 1e-6
-    compressed = _compress(sample, unit)
-    mean = compressed.mean(axis=0)
-    centred = compressed - mean
-    width = centred.shape[1]
-    total = float((centred**2).sum()) / len(rows)
+    sample = features[np.arange(0, count, -(-count // _SAMPLE))]
+    examples, width = sample.shape
+    unit = _units(sample)
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(sample, unit)) / examples
+    mean = np.asarray(mean, np.float32)
+    # Of the two matrices with the same eigenvalues the smaller: [D, D] takes seconds.
+    centred = None
+    if examples < width:
+        centred = np.concatenate([block - mean for block in _blocks(sample, unit)])
+        matrix = centred @ centred.T
+    else:
+        matrix = np.zeros((width, width), np.float32)
+        for block in _blocks(sample, unit):
+            block -= mean
+            matrix += block.T @ block
+    matrix /= examples
+    total = float(np.trace(matrix, dtype=np.float64))
     # Where all photographs are alike, rounding is what is left.
     floor = 1e-6 * (1.0 + total / width)
-    variances, directions = _leading(centred, min(_DIRECTIONS, len(rows) // 4), floor=floor)
+    most = min(_DIRECTIONS, examples // 4, width - 1)
+    variances, directions = _leading(matrix, most, floor=floor)
+    if centred is not None:
+        directions = centred.T @ directions / np.sqrt(variances * examples)
     rest = (total - float(variances.sum())) / (width - len(variances))
     return Novelty(
         unit=unit.astype(np.float32),
@@ -76,25 +90,33 @@ def fit(features: NDArray[np.floating]) -> Novelty:
     )
 
 
-def _leading(centred: Array, count: int, *, floor: float) -> tuple[Array, Array]:
-    """(variances [K], directions [D, K]) of the rows of `centred` [N, D], K <= `count` < D.
+def _units(sample: NDArray[np.floating]) -> Array:
+    """The scale [D] of each feature of `sample` [N, D]: its median."""
+    units = []
+    for at in range(0, sample.shape[1], _COLUMNS):
+        columns = np.asarray(sample[:, at : at + _COLUMNS], np.float32)
+        # A feature that is 0 on half of the photographs is measured by its mean.
+        units.append(np.maximum(np.median(columns, axis=0), 0.1 * columns.mean(axis=0)) + 1e-6)
+    return np.concatenate(units)
 
-    Directions of a variance under `floor` are left out, which is how K can be smaller.
+
+def _blocks(sample: NDArray[np.floating], unit: Array) -> Iterator[Array]:
+    """`sample` [N, D], compressed, a few rows at a time."""
+    for at in range(0, len(sample), _ROWS):
+        yield _compress(sample[at : at + _ROWS], unit)
+
+
+def _leading(matrix: Array, count: int, *, floor: float) -> tuple[Array, Array]:
+    """(eigenvalues [K], eigenvectors [M, K]) of `matrix` [M, M], the largest, K <= `count` < M.
+
+    Those under `floor` are left out, which is how K can be smaller.
     """
-    examples, width = centred.shape
-    count = min(count, width - 1)
-    # Of the two matrices with the same eigenvalues the smaller: [D, D] takes seconds.
-    few = examples < width
-    matrix = (centred @ centred.T if few else centred.T @ centred) / examples
     last = len(matrix) - 1
     if count < 1:
-        return np.zeros(0, np.float32), np.zeros((width, 0), np.float32)
+        return np.zeros(0, np.float32), np.zeros((len(matrix), 0), np.float32)
     variances, vectors = scipy.linalg.eigh(matrix, subset_by_index=[last - count + 1, last])
     kept = variances > floor
-    variances, vectors = variances[kept], vectors[:, kept]
-    if few:
-        vectors = centred.T @ vectors / np.sqrt(variances * examples)
-    return variances, vectors
+    return variances[kept], vectors[:, kept]
 
 
 def _compress(features: NDArray[np.floating], unit: Array) -> Array:

@@ -33,7 +33,7 @@ from leafnet.classifier import fold_standardisation, head_logits
 from leafnet.cluster import Node
 from leafnet.config import HeadSettings
 from leafnet.errors import UserError
-from leafnet.features import SplitFeatures
+from leafnet.features import BLOCK, SplitFeatures
 from leafnet.fitting import HeadJob, LocalFeatures
 from leafnet.shards import ShardIndex
 from leafnet.terminal import say
@@ -394,8 +394,8 @@ def _fit_fold(
         (train, np.flatnonzero(held_out[:first_valid])),
         (valid, np.flatnonzero(held_out[first_valid:])),
     ):
-        for start in range(0, chosen.size, 8192):
-            some = chosen[start : start + 8192]
+        for start in range(0, chosen.size, BLOCK):
+            some = chosen[start : start + BLOCK]
             total += metrics.tally(head_logits(folded, split.features[some, 0]), split.labels[some])
     scores = metrics.scores(total, job.class_names)
     kept = ("examples", "accuracy", "macro_f1", "log_loss", "confusion")

@@ -22,14 +22,14 @@ from leafnet.checkpoint import TrainState
 from leafnet.classifier import Head, initial_head
 from leafnet.config import HeadSettings
 from leafnet.errors import UserError
-from leafnet.features import Features, SplitFeatures
+from leafnet.features import BLOCK, Features, SplitFeatures
 
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
 # The features that a worker copies out of the memory map at a time, in bytes.
-_PIECE_BYTES = 64 * 2**20
+_PIECE_BYTES = 16 * 2**20
 # Workers hear of each other so often, in seconds: a state asked for is saved within that time.
 _PIECE_S = 1.0
 _FIRST_PIECE = 8  # steps, before it is known how long one takes
@@ -457,8 +457,8 @@ class _Learner:
         loss, correct = 0.0, 0.0
         features, labels = self._data.valid
         start, stop = even_split(labels.size, self._place)
-        for at in range(start, stop, 8192):
-            rows = slice(at, min(at + 8192, stop))
+        for at in range(start, stop, BLOCK):
+            rows = slice(at, min(at + BLOCK, stop))
             batch_loss, batch_correct = self._validate(
                 tf.constant(np.asarray(features[rows, 0])), tf.constant(labels[rows])
             )

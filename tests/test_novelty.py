@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,31 @@ def test_many_examples_are_sampled_from_everywhere(
     fitted, expected = novelty.fit(mapped[:, 0]), novelty.fit(np.array(mapped[::11, 0]))
     np.testing.assert_array_equal(fitted.mean, expected.mean)
     assert len(range(0, 1050, 11)) <= 100
+
+
+@pytest.mark.parametrize("count", [30, 100])  # fewer than there are features, and more
+def test_it_does_not_matter_how_many_are_taken_at_a_time(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = made_features(count)
+    expected = novelty.fit(features).distance(made_features(20, seed=1))
+    monkeypatch.setattr(novelty, "_ROWS", 7)
+    monkeypatch.setattr(novelty, "_COLUMNS", 9)
+    found = novelty.fit(features).distance(made_features(20, seed=1))
+    # The smallest variances are float32's rounding of the largest.
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_more_examples_cost_less_memory_than_they_take_in_float32() -> None:
+    def peak(count: int) -> int:
+        features = made_features(count, width=512).astype(np.float16)
+        tracemalloc.start()
+        novelty.fit(features)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(12_000) - peak(6_000) < 6_000 * 512 * 4
 
 
 def test_arrays_make_the_same_again_and_are_small() -> None:
