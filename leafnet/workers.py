@@ -30,6 +30,7 @@ from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.worker import get_dashboard_url
 from ray.core.generated import gcs_pb2
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
@@ -46,6 +47,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     _TrainingResultState,
 )
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -636,25 +638,28 @@ def _port_was_taken(error: BaseException | None) -> bool:
 
 
 class _Trainer(DataParallelTrainer):
-    """Ray Train's, whose controller can be ended.
+    """Ray Train's, whose controller can be ended, without processes that do nothing here.
 
-    Also without the process that removes the workers of a dead controller where Ray has no
-    dashboard. It asks the dashboard whether the controller lives, and seen here in Ray 2.60 it
-    takes no answer for a no: the workers are killed in the middle of the fit. On a Ray of our own
-    all ends with the job anyway.
+    One would hand out datasets, of which there are none. Two are left out where Ray has no
+    dashboard, which is a Ray of our own. One asks for machines, which will not come. One removes
+    the workers of a dead controller: it asks the dashboard whether the controller lives, and seen
+    here in Ray 2.60 it takes no answer for a no, and the workers are killed in the middle of the
+    fit; on a Ray of our own all ends with the job anyway.
     """
 
     controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        if get_dashboard_url():
-            return list(callbacks)
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+        useless: tuple[type, ...] = (DatasetsCallback,)
+        if not get_dashboard_url():
+            useless += (PlacementGroupCleanerCallback,)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, useless)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         # As Ray Train's, which keeps the controller to itself, and makes of an interruption an
         # end with code 0.
+        if not get_dashboard_url():
+            arguments["scaling_policy"] = _OnWhatIsThere(cast(Any, self.scaling_config))
         env_vars = get_env_vars_to_propagate()
         env_vars.setdefault(
             RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
@@ -669,6 +674,16 @@ class _Trainer(DataParallelTrainer):
         self.controller = controller.remote(**arguments)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
+
+
+class _OnWhatIsThere(FixedScalingPolicy):
+    """Asks for no machines; the start of a fit waited for the process that would be asked."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class _TensorflowConfig(BackendConfig):
