@@ -73,12 +73,15 @@ def _measure(options: argparse.Namespace, wanted: set[str], work: Path) -> None:
         seed=options.seed,
     )
     measured: list[Row] = []
+    took = {"prepare": round(seconds, 1)}
     for family, (title, measure) in FAMILIES.items():
         if family in wanted or (family == "b" and "c" in wanted):
             print(f"({family}) {title} …", flush=True)
+            started = time.perf_counter()
             found = [row for row in measure(bench) if row.family in wanted]
             measured += found
-            print(_table(found), flush=True)
+            took[family] = round(time.perf_counter() - started, 1)
+            print(f"{_table(found)}{took[family]:.0f} s\n", flush=True)
     measured.sort(key=lambda row: row.family)
     document: dict[str, Any] = {
         "machine": {
@@ -91,8 +94,8 @@ def _measure(options: argparse.Namespace, wanted: set[str], work: Path) -> None:
         "versions": bundle.versions(),
         "data": "drawn leaves" if options.data is None else options.data.name,
         "weights": "random" if weights == "random" else Path(weights).name,
-        "prepare_seconds": round(seconds, 1),
         "seconds": round(time.perf_counter() - began, 1),
+        "seconds_of_families": took,
         "rows": [row._asdict() for row in measured],
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """(a) Images per second of the 256-pixel forward pass, a batch of 32 on all cores."""
 
+import functools
 import importlib.util
 import tempfile
 import time
@@ -12,13 +13,22 @@ from numpy.typing import NDArray
 from leafnet import backbone
 from tests.benchmarks.rows import Bench, Row
 
-SIZE, BATCH, ROUNDS = 256, 32, 7
+SIZE, BATCH, ROUNDS = 256, 32, 5
 
 Forward = Callable[[NDArray[np.uint8]], Any]
 
 
 def rows(bench: Bench) -> list[Row]:
-    """The best of some rounds, interleaved: what else the machine does hits all of them alike."""
+    found = rates(bench)
+    peer = "stock Keras float32"
+    return [
+        Row("a", name, rate, "images/s", rate / found[peer], peer) for name, rate in found.items()
+    ]
+
+
+@functools.cache
+def rates(bench: Bench) -> dict[str, float]:
+    """Images/s: the best of some rounds, interleaved, so that what else runs hits all alike."""
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3)).astype(np.uint8)
     networks = {name: network for name, network in _networks(bench, images)}
     seconds: dict[str, list[float]] = {name: [] for name in networks}
@@ -29,14 +39,10 @@ def rows(bench: Bench) -> list[Row]:
             began = time.perf_counter()
             network(images)
             seconds[name].append(time.perf_counter() - began)
-    rates = {name: BATCH / min(taken) for name, taken in seconds.items()}
-    peer = "stock Keras float32"
-    return [
-        Row("a", name, rate, "images/s", rate / rates[peer], peer) for name, rate in rates.items()
-    ]
+    return {name: BATCH / min(taken) for name, taken in seconds.items()}
 
 
-def folded(bench: Bench, precision: str) -> Forward:
+def _folded(bench: Bench, precision: str) -> Forward:
     """The folded network as a bare loop runs it: one graph, no Ray, nothing drawn or decoded."""
     import tensorflow as tf
 
@@ -48,9 +54,9 @@ def folded(bench: Bench, precision: str) -> Forward:
 
 def _networks(bench: Bench, images: NDArray[np.uint8]) -> Any:
     yield "stock Keras float32", _stock(bench.weights)
-    yield "folded float32", folded(bench, "float32")
+    yield "folded float32", _folded(bench, "float32")
     if backbone.choose_precision("auto", compute_capability=None)[0] == "bfloat16":
-        yield "folded bfloat16", folded(bench, "bfloat16")
+        yield "folded bfloat16", _folded(bench, "bfloat16")
     if importlib.util.find_spec("openvino"):
         model = _openvino_model(bench)
         yield "OpenVINO bfloat16", _openvino(model, "bf16")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from tests.benchmarks import forward
 from tests.benchmarks.rows import Bench, Line, Row, epochs, read, run, train
 
 EPOCHS = 50
-LOOP_S = 20.0
 
 
 def whole_jobs(bench: Bench) -> list[Row]:
@@ -68,7 +66,7 @@ def _floor(bench: Bench, views: int, lines: list[Line]) -> list[Row]:
     assert isinstance(seconds, dict)
     told = [re.search(r"([\d,]+) of ([\d,]+) views", line.text) for line in lines]
     passes = max(int(match[2].replace(",", "")) for match in told if match)
-    rate = _bare_rate(bench, precision)
+    rate = forward.rates(bench)[f"folded {precision}"]
     floor, peer = passes / rate, f"bare folded {precision} loop, {rate:.1f} images/s"
     return [
         Row("c", f"extraction stage, views {views}", floor / seconds["features"], "share",
@@ -76,23 +74,6 @@ def _floor(bench: Bench, views: int, lines: list[Line]) -> list[Row]:
         Row("c", f"whole job, views {views}", floor / lines[-1].seconds, "share",
             floor / lines[-1].seconds, peer, f"{lines[-1].seconds:.1f} s"),
     ]  # fmt: skip
-
-
-_rates: dict[str, float] = {}
-
-
-def _bare_rate(bench: Bench, precision: str) -> float:
-    if precision not in _rates:
-        shape = (forward.BATCH, forward.SIZE, forward.SIZE, 3)
-        images = np.zeros(shape, np.uint8)
-        network = forward.folded(bench, precision)
-        network(images)
-        began, passes = time.perf_counter(), 0
-        while time.perf_counter() - began < LOOP_S:
-            network(images)
-            passes += 1
-        _rates[precision] = forward.BATCH * passes / (time.perf_counter() - began)
-    return _rates[precision]
 
 
 def warm_run(bench: Bench) -> list[Row]:

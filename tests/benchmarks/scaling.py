@@ -18,7 +18,8 @@ def rows(bench: Bench) -> list[Row]:
     # Small row groups: with eight for two actors, one would wait for the other at the end.
     root = bench.work / "small-groups"
     write_copy(bench.shards, root, row_group=32)
-    rates = {actors: _rate(replace(bench, shards=root), actors) for actors in (1, 2)}
+    with cluster.session(RaySettings(cpus=2)):
+        rates = {actors: _rate(replace(bench, shards=root), actors) for actors in (1, 2)}
     peer = "one single-threaded actor"
     return [
         Row("e", peer, rates[1], "views/s", 1.0, peer),
@@ -32,7 +33,7 @@ def _rate(bench: Bench, actors: int) -> float:
     weights = backbone.load_weights(bench.weights)
     root = bench.work / f"scaling{actors}"
     shutil.rmtree(root, ignore_errors=True)
-    wanted = [(shard, VIEWS) for shard in index.shards]
+    wanted = [(shard, VIEWS) for shard in index.of_split("train")]
     plan = features.plan(str(root), wanted, seed=0)
     total = sum(part.rows * (part.stop - part.first) for part in plan.missing)
     done, times = 0, []
@@ -42,17 +43,16 @@ def _rate(bench: Bench, actors: int) -> float:
         done += count
         times.append((time.perf_counter(), done))
 
-    with cluster.session(RaySettings(cpus=2)):
-        inference.extract(
-            index,
-            plan,
-            ray.put(weights.convolutions),
-            image_size=IMAGE_SIZE,
-            precision=cluster.choose_precision("auto", gpu=False)[0],
-            batch_size=32,
-            machines=Machines(gpus=0, actors=actors, threads_per_actor=1, cpus_per_actor=0.75),
-            advance=advance,
-        )
+    inference.extract(
+        index,
+        plan,
+        ray.put(weights.convolutions),
+        image_size=IMAGE_SIZE,
+        precision=cluster.choose_precision("auto", gpu=False)[0],
+        batch_size=32,
+        machines=Machines(gpus=0, actors=actors, threads_per_actor=1, cpus_per_actor=0.75),
+        advance=advance,
+    )
     shutil.rmtree(root, ignore_errors=True)
     middle = [(when, count) for when, count in times if 0.2 * total <= count <= 0.8 * total]
     (began, first), (ended, last) = middle[0], middle[-1]

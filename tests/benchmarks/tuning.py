@@ -1,6 +1,6 @@
 """(t) A step of fine-tuning the last two stages against `keras.Model.fit` on the same stages.
 
-Both in one process on all cores, on photographs of 256 pixels that are decoded already and a head
+Both in one process on all cores, on photographs of 128 pixels that are decoded already and a head
 on top. Ours also augments and averages; Keras's does neither, its BatchNorms run in inference mode.
 """
 
@@ -17,7 +17,7 @@ from leafnet.photographs import Photographs
 from leafnet.training import Place
 from tests.benchmarks.rows import Bench, Row
 
-SIZE, BATCH, STEPS, ROUNDS, STAGES = 256, 32, 2, 3, 2
+SIZE, BATCH, STEPS, ROUNDS, STAGES = 128, 32, 2, 5, 2
 
 
 def rows(bench: Bench) -> list[Row]:
