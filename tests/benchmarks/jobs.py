@@ -80,7 +80,8 @@ def warm_run(bench: Bench) -> list[Row]:
     """(g) Another head on features that are there: the run of (b), or one made for it."""
     if not (bench.work / "runs" / "views1" / "run.json").exists():
         train(bench, "first", "--views", "1", "--head.epochs", "1")
-    lines = train(bench, "warm", "--views", "1", "--head.epochs", str(EPOCHS))
+    flags = ("--views", "1", "--head.epochs", str(EPOCHS), "--explain", "false")
+    lines = train(bench, "warm", *flags)
     ends = epochs(lines)
     cold = "a second run's targets: 15 s and 30 s"
     fit = (ends[-1] - ends[0]) * EPOCHS / (EPOCHS - 1)

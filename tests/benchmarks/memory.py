@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.benchmarks.rows import Bench, Row, process_tree, pss_mib, train, write_copy
 
 TIMES, INTERVAL_S = 10, 0.5
-FLAGS = ("--image_size", "32", "--views", "1", "--head.epochs", "2")
+FLAGS = ("--image_size", "32", "--views", "1", "--head.epochs", "2", "--explain", "false")
 
 
 def rows(bench: Bench) -> list[Row]:

@@ -11,7 +11,7 @@ from leafnet.cluster import Machines
 from leafnet.config import RaySettings
 from tests.benchmarks.rows import Bench, Row, write_copy
 
-IMAGE_SIZE, VIEWS = 128, 2
+IMAGE_SIZE, VIEWS, SPLITS = 128, 2, ("valid", "test")
 
 
 def rows(bench: Bench) -> list[Row]:
@@ -33,7 +33,7 @@ def _rate(bench: Bench, actors: int) -> float:
     weights = backbone.load_weights(bench.weights)
     root = bench.work / f"scaling{actors}"
     shutil.rmtree(root, ignore_errors=True)
-    wanted = [(shard, VIEWS) for shard in index.of_split("train")]
+    wanted = [(shard, VIEWS) for split in SPLITS for shard in index.of_split(split)]
     plan = features.plan(str(root), wanted, seed=0)
     total = sum(part.rows * (part.stop - part.first) for part in plan.missing)
     done, times = 0, []
