@@ -656,10 +656,10 @@ class _Trainer(DataParallelTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, useless)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        # As Ray Train's, which keeps the controller to itself, and makes of an interruption an
-        # end with code 0.
         if not get_dashboard_url():
             arguments["scaling_policy"] = _OnWhatIsThere(cast(Any, self.scaling_config))
+        # As Ray Train's, which keeps the controller to itself, and makes of an interruption an
+        # end with code 0.
         env_vars = get_env_vars_to_propagate()
         env_vars.setdefault(
             RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
