@@ -78,4 +78,4 @@ def _python() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

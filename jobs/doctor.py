@@ -1,6 +1,5 @@
 """Check this machine and its Ray before a job does: what is wrong, and how to mend it."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -29,4 +28,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

@@ -1,6 +1,5 @@
 """Evaluate a published model: every image of a split exactly once, and how sure the figures are."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -27,4 +26,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

@@ -1,6 +1,5 @@
 """Write a published model in another format, checked against the model on photographs."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -28,4 +27,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

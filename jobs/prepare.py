@@ -1,6 +1,5 @@
 """Turn a folder of photographs into shards: checked, de-duplicated, split and shuffled."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, sources, terminal
@@ -31,4 +30,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

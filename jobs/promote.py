@@ -1,6 +1,5 @@
 """Make a model champion of a registry if it is not worse than the champion, or go back."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -31,4 +30,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

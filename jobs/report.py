@@ -1,6 +1,5 @@
 """Write the report of a training run or of a night again, from what is stored."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, ledger, night_report, report, storage, terminal
@@ -35,4 +34,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

@@ -1,6 +1,5 @@
 """Write the photographs most worth a label for people to label, and take the answers back."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -27,4 +26,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

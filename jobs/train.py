@@ -1,6 +1,5 @@
 """Train a classifier on the shards of jobs/prepare.py and publish it."""
 
-import sys
 from collections.abc import Sequence
 
 from leafnet import config, terminal
@@ -30,4 +29,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run_job(main))
+    terminal.leave(terminal.run_job(main))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -71,13 +72,14 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
             for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_ENVIRONMENT}.items():
                 os.environ.setdefault(name, value)
         try:
-            ray.init(
-                address=settings.address,
-                num_cpus=settings.cpus if local else None,
-                include_dashboard=False if local else None,
-                logging_level=logging.WARNING,
-                runtime_env=None if local else {"env_vars": _WORKER_ENVIRONMENT},
-            )
+            with interrupts_wait():
+                ray.init(
+                    address=settings.address,
+                    num_cpus=settings.cpus if local else None,
+                    include_dashboard=False if local else None,
+                    logging_level=logging.WARNING,
+                    runtime_env=None if local else {"env_vars": _WORKER_ENVIRONMENT},
+                )
         except (ConnectionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -103,6 +105,33 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is over; another one does not wait.
+
+    Ray starts processes with `fork`, and an interruption meanwhile is raised in hooks of Python,
+    which forget it, or leave a lock held: seen here, the job went on, or hung for ever.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(came[0], None)
 
 
 def _check_listening(address: str) -> None:

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -70,6 +70,7 @@ _log_path: Path | None = None
 _verbose = False
 _json = False
 _kept = ""
+_asked: KeyboardInterrupt | None = None  # to end
 _result: dict[str, Any] = {}
 
 
@@ -254,23 +255,25 @@ def chatter_to(path: Path) -> Iterator[None]:
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
     stderr = os.dup(2)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    start = os.fstat(log).st_size
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    before, _console = _console, _console_on(terminal)
-    _log_path = path
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    start = os.fstat(log).st_size
     ours = logging.getLogger("leafnet")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
     over = threading.Event()
     tail = threading.Thread(target=_tail, args=(path, start, stderr, over), daemon=True)
-    if _verbose:
-        tail.start()
+    before = _console
+    # From here on an interruption has to find its way back to the terminal.
     try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        _console = _console_on(terminal)
+        _log_path = path
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        if _verbose:
+            tail.start()
         yield
     except Exception as error:
         if not isinstance(error, UserError):
@@ -281,7 +284,7 @@ def chatter_to(path: Path) -> Iterator[None]:
         sys.stderr.flush()
         ours.removeHandler(handler)
         handler.close()
-        if _verbose:
+        if tail.is_alive():
             over.set()
             tail.join()
         os.dup2(terminal.fileno(), 1)
@@ -342,12 +345,47 @@ class Terminated(KeyboardInterrupt):
     """This process was told to end by SIGTERM."""
 
 
+def raise_if_asked() -> None:
+    """Raise again what Ctrl-C or SIGTERM raised in this job.
+
+    For loops that wait: what is raised in a hook or a callback, and Ray has many, Python prints and
+    forgets, and the job would go on.
+    """
+    if _asked is not None:
+        raise _asked
+
+
+@contextmanager
+def _remembered_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as always, and `raise_if_asked` knows of it."""
+    global _asked
+
+    def handle(number: int, frame: Any) -> None:
+        global _asked
+        _asked = KeyboardInterrupt()
+        raise _asked
+
+    _asked = None
+    mine = threading.current_thread() is threading.main_thread()
+    # A job in the background of a shell ignores it, and still has to.
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does; Ray's own handler ends at once and mutely."""
 
     def handle(number: int, frame: Any) -> None:
-        raise Terminated
+        global _asked
+        _asked = Terminated()
+        raise _asked
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -372,12 +410,26 @@ def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     _verbose, _json = "--verbose" in words, "--json" in words
     _result.clear()
     try:
-        code, told = _run(job, [word for word in words if word not in FLAGS])
+        with _remembered_interrupts():
+            code, told = _run(job, [word for word in words if word not in FLAGS])
         if _json:
             _emit("result", exit_code=code, **told, **_result)
     finally:
         _verbose, _json, _kept = before
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with the exit code of `run_job`.
+
+    After an interruption without Python's own end: threads of Ray Data, which nobody can stop,
+    crashed the process in it, after 3 of 30 interruptions that came just after Ray's start.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int, dict[str, str]]:

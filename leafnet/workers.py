@@ -56,7 +56,7 @@ from leafnet import checkpoint, storage, watch
 from leafnet.backbone import limit_threads
 from leafnet.errors import UserError
 from leafnet.features import DamagedParts
-from leafnet.terminal import duration, say
+from leafnet.terminal import duration, raise_if_asked, say
 from leafnet.training import Hooks, Leaving, Place
 from leafnet.watch import Desk, Seen, Sign, Teller
 
@@ -403,6 +403,7 @@ class _Group:
         raised_at: float | None = None
         more_room = 0
         while not over.wait(_POLL_S):
+            raise_if_asked()
             now = time.monotonic()
             seen = self._hear(end)
             if seen and self._failed_at is not None and any(one.sign.started for one in seen):

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from leafnet import config, terminal
+from leafnet import cluster, config, terminal
 from leafnet.errors import UserError
 from leafnet.terminal import say
 
@@ -251,6 +252,50 @@ def test_progress_that_breaks_off_does_not_say_that_it_ended(capfd: Capture) -> 
 
     assert terminal.run_job(job, []) == 130
     assert capfd.readouterr().out == ""
+
+
+def test_an_interruption_that_a_library_forgets_is_raised_again() -> None:
+    def job(argv: Sequence[str]) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        terminal.raise_if_asked()
+
+    assert terminal.run_job(job, []) == 130
+    assert terminal.run_job(lambda argv: terminal.raise_if_asked(), []) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_waits_until_ray_has_started_and_a_second_one_does_not() -> None:
+    done: list[int] = []
+
+    def start(signals: int) -> None:
+        with cluster.interrupts_wait():
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+                done.append(signals)
+
+    for signals in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            start(signals)
+    assert done == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupted_process_ends_with_its_code_whatever_its_threads_do() -> None:
+    script = """
+import atexit, sys
+from leafnet import terminal
+def job(argv):
+    atexit.register(print, "at the end", flush=True)
+    if argv:
+        raise KeyboardInterrupt
+terminal.leave(terminal.run_job(job))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "at the end\n")
+    done = subprocess.run([sys.executable, "-c", script, "now"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; run the same command again to go on\n"
 
 
 def test_progress_without_anything_to_do(capfd: Capture) -> None:
