@@ -118,7 +118,7 @@ def run(
         say(f"          cache {root}")
         say(
             f"head      {settings.head.epochs} epochs of {work.steps_per_epoch:,} steps = "
-            f"{work.steps:,}; {_shared(work.batch_size, workers)}"
+            f"{work.steps:,}; {shared_out(work.batch_size, workers)}"
         )
         measured = None
         if cached.missing:
@@ -308,7 +308,7 @@ def _plan_tuning(
     steps = tuned.epochs * per_epoch
     say(
         f"fine-tune {config.stages(tuned.blocks)}, {tuned.epochs} epochs of {per_epoch:,} steps = "
-        f"{steps:,}; {_shared(batch, workers)}"
+        f"{steps:,}; {shared_out(batch, workers)}"
     )
     head = initial_head(
         settings.head.units, len(index.class_names), inputs=backbone.FEATURES, seed=0
@@ -342,11 +342,16 @@ def _plan_tuning(
     )
 
 
-def _shared(batch: int, workers: int) -> str:
-    return (
-        f"global batch {batch}, {batch / workers:g} on each of {workers} "
-        f"worker{'s' * (workers > 1)}"
-    )
+def shared_out(batch: int, workers: int | tuple[int, int]) -> str:
+    """How a global batch is shared by some workers, or by a range of them.
+
+    >>> shared_out(32, 2), shared_out(32, (1, 4))
+    ('global batch 32, 16 on each of 2 workers', 'global batch 32, on 1 to 4 workers')
+    """
+    if isinstance(workers, tuple):
+        return f"global batch {batch}, on {workers[0]} to {workers[1]} workers"
+    each = f"{batch / workers:g} on each of {workers} worker{'s' * (workers > 1)}"
+    return f"global batch {batch}, {each}"
 
 
 def _say_data(index: ShardIndex) -> None:

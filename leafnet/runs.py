@@ -426,14 +426,9 @@ def _say_plan(
     note = ": a check of the pipeline, not of accuracy" if settings.weights == "random" else ""
     say(f"backbone  ResNet50, {settings.weights} weights{note}, {settings.image_size} pixels")
     say(f"device    {cluster.device(machines.gpus)}, {precision} ({why})")
-    shared = (
-        f"on {workers[0]} to {workers[1]} workers"
-        if isinstance(workers, tuple)
-        else (f"{batch / workers:g} on each of {workers} worker{'s' * (workers > 1)}")
-    )
     say(
         f"head      {settings.head.epochs} epochs of {steps} steps = "
-        f"{settings.head.epochs * steps:,}; global batch {batch}, {shared}"
+        f"{settings.head.epochs * steps:,}; {rehearsal.shared_out(batch, workers)}"
     )
     if settings.fine_tune.blocks:
         tuned = settings.fine_tune

@@ -355,23 +355,23 @@ def raise_if_asked() -> None:
         raise _asked
 
 
+def _ask(interrupt: KeyboardInterrupt) -> NoReturn:
+    global _asked
+    _asked = interrupt
+    raise interrupt
+
+
 @contextmanager
 def _remembered_interrupts() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, as always, and `raise_if_asked` knows of it."""
     global _asked
-
-    def handle(number: int, frame: Any) -> None:
-        global _asked
-        _asked = KeyboardInterrupt()
-        raise _asked
-
     _asked = None
     mine = threading.current_thread() is threading.main_thread()
     # A job in the background of a shell ignores it, and still has to.
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGINT, lambda number, frame: _ask(KeyboardInterrupt()))
     try:
         yield
     finally:
@@ -381,16 +381,10 @@ def _remembered_interrupts() -> Iterator[None]:
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does; Ray's own handler ends at once and mutely."""
-
-    def handle(number: int, frame: Any) -> None:
-        global _asked
-        _asked = Terminated()
-        raise _asked
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _ask(Terminated()))
     try:
         yield
     finally:
@@ -425,9 +419,10 @@ def leave(code: int) -> NoReturn:
     After an interruption without Python's own end: threads of Ray Data, which nobody can stop,
     crashed the process in it, after 3 of 30 interruptions that came just after Ray's start.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
