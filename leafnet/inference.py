@@ -31,6 +31,7 @@ from leafnet import (
     openvino_graph,
     shards,
     storage,
+    terminal,
     tta,
 )
 from leafnet.apart import Decoder
@@ -90,7 +91,7 @@ def extract(
     )
     with board.follow(advance):
         for _ in results.iter_rows():
-            pass
+            terminal.raise_if_asked()
 
 
 class Predictions(NamedTuple):
@@ -155,6 +156,7 @@ def predict(
     seconds = plain_seconds = 0.0
     with board.follow(advance):
         for row in results.iter_rows():
+            terminal.raise_if_asked()
             made: Predictions = pickle.loads(row["predictions"])
             found[row["shard"], row["row_group"]] = made
             seconds += row["seconds"]

@@ -319,6 +319,7 @@ def _map(
         fn_kwargs=kwargs,
     )
     for block in mapped.iter_batches(batch_size=None, batch_format="pyarrow"):
+        terminal.raise_if_asked()
         table: Any = block
         yield table
 

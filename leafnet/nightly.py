@@ -453,6 +453,7 @@ def _results(chosen: pa.Table, model: Bundle, job: _Job, pool: _Pool) -> Iterato
             )
         )
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            terminal.raise_if_asked()
             table: Any = block
             for row in table.to_pylist():
                 yield _Result(

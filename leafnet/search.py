@@ -6,6 +6,7 @@ all of a node's map the same features.
 """
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -271,9 +272,15 @@ def _run(
             max_t=epochs + 1,
             reduction_factor=round(_RUNGS[1] / _RUNGS[0]),
         )
+    # Tune's own answer to Ctrl-C ends the search as if it were done, and it is kept after that: the
+    # best trial so far was published, and a later Ctrl-C was lost.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     with terminal.progress(title, len(fits), unit=unit) as advance:
 
         class Keep(ray.tune.Callback):
+            def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+                terminal.raise_if_asked()
+
             def on_trial_complete(
                 self, iteration: int, trials: list[Any], trial: Any, **info: Any
             ) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,23 @@ from numpy.typing import NDArray
 
 from leafnet import (
     backbone,
+    bundle,
+    engine,
     features,
     fitting,
     inference,
     ingest,
+    nightly,
     runs,
     shards,
     sources,
     storage,
+    terminal,
     training,
 )
 from leafnet.classifier import initial_head
 from leafnet.cluster import Machines
-from leafnet.config import HeadSettings, PrepareSettings, TrainSettings
+from leafnet.config import HeadSettings, PrepareSettings, ScoreSettings, TrainSettings
 from leafnet.demo import write_photographs
 from leafnet.features import Plan
 from leafnet.fitting import HeadJob
@@ -75,6 +81,19 @@ def extract(index: ShardIndex, plan: Plan) -> int:
         advance=counts.append,
     )
     return sum(counts)
+
+
+def evaluate(model: str, index: ShardIndex) -> None:
+    inference.predict(
+        bundle.load(model),
+        index,
+        ["test"],
+        choice=engine.Choice("tensorflow", "float32", "given"),
+        views=1,
+        batch_size=8,
+        machines=MACHINES,
+        advance=lambda count: None,
+    )
 
 
 def all_views(plan: Plan) -> int:
@@ -169,6 +188,30 @@ def test_killed_extraction_goes_on(
     assert_equal(everything(index, tmp_path), expected)
     for name, written in kept.items():
         assert (tmp_path / name).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("stage", ["prepare", "features", "evaluate", "score"])
+def test_an_interruption_that_ray_forgot_ends_every_stage(
+    stage: str, index: ShardIndex, random_model: str, tmp_path: Path
+) -> None:
+    write_photographs(tmp_path / "photographs", per_class=4)
+    photographs, out = str(tmp_path / "photographs"), str(tmp_path / "out")
+
+    def job(argv: Sequence[str]) -> None:
+        with suppress(KeyboardInterrupt):  # as Python does with what a hook raises
+            signal.raise_signal(signal.SIGINT)
+        match stage:
+            case "prepare":
+                settings = PrepareSettings(source=photographs, out=out)
+                ingest.run(settings, sources.look(settings.source))
+            case "features":
+                extract(index, plan_of(index, out))
+            case "evaluate":
+                evaluate(random_model, index)
+            case "score":
+                nightly.run(ScoreSettings(model=random_model, images=photographs, out=out))
+
+    assert terminal.run_job(job, []) == 130
 
 
 def test_two_runs_fill_the_same_cache(

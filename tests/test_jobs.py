@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from leafnet import bundle, terminal
+from leafnet import bundle, search, terminal
 from leafnet.shards import ShardIndex
 from tests import stored, test_tensorboard
 from tests.conftest import leaf_jpeg
@@ -158,6 +158,18 @@ def test_two_runs_of_one_name_and_what_is_left_by_a_kill(
         assert second.poll() is None
     interrupt(second, f"features and checkpoints are kept in {tmp_path}")
     assert locks(tmp_path / "a") == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_chooses_nothing(data_set: ShardIndex, tmp_path: Path) -> None:
+    trials, stored = ("--head.search", "100", "--head.epochs", "50"), tmp_path / "a" / search.SEARCH
+    command = train(data_set, tmp_path, "--ray.cpus", "2", *trials)
+    process = start_and_wait_for_lock(command, tmp_path / "a")
+    while not stored.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    interrupt(process, f"features and checkpoints are kept in {tmp_path}")
+    assert 0 < len([row for row in json.loads(stored.read_text())["rows"] if row]) < 100
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {
         *("errors", "images", "storage", "background", "shards", "backbone", "openvino_graph"),
         *("novelty", "review", "classifier", "tta", "cam", "gallery", "features", "bundle"),
-        *("engine", "apart", "cluster"),
+        *("engine", "apart", "cluster", "terminal"),
     },
     "answers": {
         *("errors", "config", "storage", "terminal", "shards", "sources", "labelstudio"),

@@ -1,4 +1,5 @@
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,8 @@ def test_search_keeps_the_best_and_goes_on_after_a_crash(
     assert list(best.units) == chosen["settings"]["units"]
     assert best.learning_rate == chosen["settings"]["learning_rate"]
     assert [path.name for path in tmp_path.iterdir()] == [search.SEARCH]
+    # Ray Tune would leave one that takes no notice of the next Ctrl-C.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     # As after a crash in the third trial; a mark shows which rows are not computed again.
     rows[1]["valid_loss"] = -1.0
