@@ -365,17 +365,17 @@ def _ask(interrupt: KeyboardInterrupt) -> NoReturn:
 def _remembered_interrupts() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, as always, and `raise_if_asked` knows of it."""
     global _asked
-    _asked = None
     mine = threading.current_thread() is threading.main_thread()
     # A job in the background of a shell ignores it, and still has to.
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: _ask(KeyboardInterrupt()))
+    taken = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if taken:
+        signal.signal(signal.SIGINT, lambda number, frame: _ask(KeyboardInterrupt()))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _asked = None
+        if taken:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

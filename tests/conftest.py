@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from leafnet.review import Review
 from leafnet.shards import Shard, ShardIndex
 from tests import s3_server
 from tests.s3_server import Server
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C be sent to the tests and what they start, also in the background of a shell.
+
+    There it is ignored, by children too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
