@@ -8,7 +8,7 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test test-slow test-faults lint docs docs-check bench clean s3-server browser
+.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -58,6 +58,10 @@ docs: $(READY)
 # Also part of `make test`.
 docs-check: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py
+
+# Which small mistakes in leafnet/ the tests would notice: half an hour.
+mutation: $(READY)
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
