@@ -5,13 +5,16 @@ setting that is not in WHEN is an error, of the command and of the tests.
 """
 
 import ast
+import importlib.util
+import operator
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from leafnet import config
 from leafnet.config import Settings
-from tests.test_layering import MAY_IMPORT
+from tests.test_layering import FILES, LEAFNET, MAY_IMPORT
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "jobs" / "SETTINGS.md"
@@ -159,13 +162,23 @@ WHEN = {
 }
 
 
+def load(job: str) -> ModuleType:
+    """jobs/`job`.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"jobs_{job}", ROOT / "jobs" / f"{job}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def jobs() -> dict[str, type[Settings]]:
     """Every job that has settings, with their class, in the order in which they are used."""
     found: dict[str, type[Settings]] = {}
     for path in sorted((ROOT / "jobs").glob("*.py")):
-        match = re.search(r"config\.(\w+Settings)\b", path.read_text())
+        match = re.search(r"\bparse\(\s*([\w.]*Settings)\b", path.read_text())
         if match:
-            found[path.stem] = getattr(config, match[1])
+            found[path.stem] = operator.attrgetter(match[1])(load(path.stem))
     order = ["prepare", "train", "evaluate", "score"]
     return {job: found[job] for job in [*order, *sorted(set(found) - set(order))]}
 
@@ -221,9 +234,10 @@ def modules_page() -> str:
     """leafnet/README.md as it should be, with a line for each module."""
     rows = ["| module | what it does |", "|---|---|"]
     for module in MAY_IMPORT:
-        tree = ast.parse((ROOT / "leafnet" / f"{module}.py").read_text())
+        tree = ast.parse(FILES[module].read_text())
         first = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-        rows.append(f"| `{module}.py` | {first.removesuffix('.').replace('|', '/')} |")
+        name = FILES[module].relative_to(LEAFNET).as_posix()
+        rows.append(f"| `{name}` | {first.removesuffix('.').replace('|', '/')} |")
     before, _, rest = MODULES.read_text().partition("<!-- modules -->\n")
     _, _, after = rest.partition("<!-- /modules -->")
     return f"{before}<!-- modules -->\n" + "\n".join(rows) + f"\n<!-- /modules -->{after}"

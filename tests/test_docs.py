@@ -1,14 +1,12 @@
 """The pages say what the code does: settings, modules, messages, examples, versions."""
 
 import ast
-import importlib.util
 import re
 import shlex
 import tomllib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -24,17 +22,8 @@ PAGES = [
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
 
-def load(job: str) -> ModuleType:
-    """jobs/`job`.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"jobs_{job}", ROOT / "jobs" / f"{job}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_pages_that_are_written_are_fresh() -> None:
+    assert set(docs.jobs()) == set(JOBS) - {"demo"}, "a job without settings"
     assert docs.missing() == [], "say in tests/docs.py when to change these settings"
     assert docs.SETTINGS.read_text() == docs.settings_page(), "run `make docs`"
     assert docs.MODULES.read_text() == docs.modules_page(), "run `make docs`"
@@ -57,7 +46,7 @@ def test_every_setting_is_on_the_page_with_its_default() -> None:
 
 def said(root: Path) -> Iterator[str]:
     """Every text in the sources, with … for what is filled in."""
-    for path in [*root.glob("leafnet/*.py"), *root.glob("jobs/*.py")]:
+    for path in [*root.glob("leafnet/**/*.py"), *root.glob("jobs/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(
@@ -92,7 +81,7 @@ def test_quoted_messages_are_in_the_code() -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_help_ends_with_three_examples(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        load(job).main(["--help"])
+        docs.load(job).main(["--help"])
     assert caught.value.code == 0
     *_, examples = capsys.readouterr().out.split("examples:\n")
     shown = re.findall(r"^  ((?:python|make) .*)$", examples, re.MULTILINE)
@@ -103,7 +92,7 @@ def test_help_ends_with_three_examples(job: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("job", docs.jobs())
 def test_examples_are_accepted(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for line in re.findall(r"^  python jobs/\w+\.py(.*)$", load(job).EXAMPLES, re.MULTILINE):
+    for line in re.findall(r"^  python jobs/\w+\.py(.*)$", docs.load(job).EXAMPLES, re.MULTILINE):
         arguments = shlex.split(line)
         files = [after for flag, after in pairwise(arguments) if flag == "--config"]
         if not all(Path(file).exists() for file in files):  # one of the reader's own

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -184,33 +185,56 @@ MAY_IMPORT_RAY = {
     "telemetry",
 }
 
-MODULES = sorted(path.stem for path in LEAFNET.glob("*.py") if path.stem != "__init__")
+# Where each module stands, by its dotted name below leafnet: "errors", "core.errors".
+FILES = {
+    ".".join(path.relative_to(LEAFNET).with_suffix("").parts): path
+    for path in sorted(LEAFNET.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+MODULES = sorted(FILES)
 
 
-def imports(module: str) -> set[str]:
-    """Dotted names of all that `module` imports anywhere in it, relative imports refused."""
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a source file imports anywhere in it, relative imports refused."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((LEAFNET / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"leafnet.{module} has a relative import"
-            # `from leafnet import shards` imports a module, `from leafnet.shards import Shard` a
-            # name: with both spelled out, the second part is the module in either case.
+            assert node.level == 0, f"{path} has a relative import"
+            # `from leafnet.core import errors` imports a module, `from leafnet.core.errors import
+            # UserError` a name: with both spelled out, the module is the beginning of either.
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif (  # after `import leafnet`
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "leafnet"
+        ):
+            found.add(f"leafnet.{node.attr}")
     return found
 
 
-def own(module: str) -> set[str]:
-    """Modules of leafnet that `module` imports."""
-    parts = [name.split(".") for name in imports(module)]
-    return {name[1] for name in parts if name[0] == "leafnet" and len(name) > 1} & set(MODULES)
+def own(names: set[str], modules: Collection[str]) -> set[str]:
+    """Those of `modules` that `names` are of, or are in; a package is no answer."""
+    found: set[str] = set()
+    for name in names:
+        top, *parts = name.split(".")
+        if top == "leafnet" and parts and not parts[0].startswith("__"):
+            beginnings = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+            assert beginnings & set(modules), f"{name} is no module, and nothing in one"
+            found |= beginnings & set(modules)
+    return found
+
+
+def test_every_module_has_its_place_in_the_table() -> None:
+    assert len(MODULES) > 70
+    assert set(MODULES) == set(MAY_IMPORT)
+    assert set(MODULES) > MAY_IMPORT_RAY
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_what_the_table_allows(module: str) -> None:
-    assert module in MAY_IMPORT, f"give leafnet.{module} its place in MAY_IMPORT"
-    assert own(module) <= MAY_IMPORT[module]
+    assert own(imports(FILES[module]), MODULES) <= MAY_IMPORT[module]
 
 
 def test_the_table_goes_one_way() -> None:
@@ -220,15 +244,46 @@ def test_the_table_goes_one_way() -> None:
         above.add(module)
 
 
+def test_a_package_imports_nothing() -> None:
+    """Else importing one module would import others, which the table does not show."""
+    packages = list(LEAFNET.rglob("__init__.py"))
+    assert LEAFNET / "__init__.py" in packages
+    assert {path: imports(path) for path in packages} == {path: set() for path in packages}
+
+
 @pytest.mark.parametrize("module", sorted(set(MODULES) - MAY_IMPORT_RAY))
 def test_only_the_top_knows_ray(module: str) -> None:
-    assert "ray" not in {name.split(".")[0] for name in imports(module)}
+    assert "ray" not in {name.split(".")[0] for name in imports(FILES[module])}
 
 
-def test_the_test_sees_imports_of_every_kind() -> None:
-    """The ingest module has all of them; were one not seen, the tests above would say nothing."""
-    assert {"cluster", "shards", "terminal", "errors", "config", "sources"} <= own("ingest")
-    assert {"ray", "ray.data"} <= imports("ingest")
+def test_the_test_sees_imports_of_every_kind(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        "import ray.data, leafnet.core.s3 as s3\n"
+        "from leafnet import __version__, lock\n"
+        "from leafnet.core import errors, storage as files\n"
+        "from leafnet.data.shards import Shard\n"
+        "if False:\n"
+        "    def late():\n"
+        "        from leafnet.models.onnx.graph import build\n"
+        "        return leafnet.__file__, leafnet.machine.describe(), leafnet\n"
+    )
+    modules = ["core.errors", "core.s3", "core.storage", "data.shards", "lock", "machine"]
+    modules.append("models.onnx.graph")
+    assert own(imports(source), [*modules, "core.lock", "errors", "shards", "s3"]) == set(modules)
+    assert "ray.data" in imports(source)
+
+
+@pytest.mark.parametrize("name", ["leafnet.core", "leafnet.gone", "leafnet.core.gone"])
+def test_an_import_that_shows_no_module_is_refused(name: str) -> None:
+    with pytest.raises(AssertionError, match="is no module"):
+        own({name, "leafnet.core.errors"}, ["core.errors"])
+
+
+def test_a_relative_import_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("from . import errors\n")
+    with pytest.raises(AssertionError, match="relative import"):
+        imports(tmp_path / "module.py")
 
 
 @pytest.mark.parametrize(
