@@ -5,6 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.special import logsumexp
+from scipy.special import softmax as scipy_softmax
+from scipy.stats import binomtest, norm
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
@@ -182,3 +185,70 @@ def test_lengths_that_differ() -> None:
 def test_empty_split() -> None:
     with pytest.raises(ValueError, match="no examples to score: the split is empty"):
         scores(tally(np.zeros((0, 3), np.float32), np.zeros(0, np.int64)), NAMES[:3])
+
+
+@pytest.mark.parametrize(("classes", "place"), [(15, 0), (5, 2), (4, 3), (3, 4), (2, 7)])
+def test_a_confidence_on_the_edge_belongs_to_the_bin_below_it(classes: int, place: int) -> None:
+    # 1/15, 3/15, 3.75/15, 5/15 and 7.5/15: bin b holds (b, b + 1] fifteenths.
+    found = tally(np.zeros((1, classes), np.float32), np.array([0]))
+    assert found.bin_count.tolist() == [int(b == place) for b in range(15)]
+    assert found.bin_correct.tolist() == found.bin_count.tolist()
+    assert found.bin_confidence[place] == pytest.approx(1 / classes)
+
+
+def test_all_shares_of_a_tally_by_hand() -> None:
+    bins = np.zeros(15, np.int64)
+    right, sure = bins.copy(), np.zeros(15)
+    bins[[9, 13]], right[[9, 13]], sure[[9, 13]] = (6, 11), (5, 5), (3.75, 9.9)
+    confusion = np.array([[7, 2, 0], [1, 3, 0], [0, 4, 0]])
+    found = scores(Tally(confusion, 8.5, bins, right, sure), NAMES[:3])
+    assert found["accuracy"] == pytest.approx(10 / 17)
+    assert found["log_loss"] == 0.5
+    assert found["ece"] == pytest.approx((1.25 + 4.9) / 17)
+    assert found["macro_f1"] == pytest.approx((14 / 17 + 6 / 13 + 0) / 3)
+    rust = {"precision": 3 / 9, "recall": 3 / 4, "f1": 6 / 13, "support": 4, "predicted": 9}
+    assert {name: found["per_class"]["rust"][name] for name in rust} == pytest.approx(rust)
+    assert found["calibration"] == [
+        pytest.approx({"confidence": 0.625, "accuracy": 5 / 6, "count": 6}),
+        pytest.approx({"confidence": 0.9, "accuracy": 5 / 11, "count": 11}),
+    ]
+
+
+def test_the_intervals_of_a_tally_are_scipys() -> None:
+    confusion = np.array([[7, 2, 0], [1, 3, 0], [0, 4, 0]])
+    found = scores(Tally(confusion, 1.0, *np.zeros((3, 15))), NAMES[:3])
+    told = [(found["accuracy_low"], found["accuracy_high"])]
+    told += [(row["recall_low"], row["recall_high"]) for row in found["per_class"].values()]
+    for interval, (hits, of) in zip(told, [(10, 17), (7, 9), (3, 4), (0, 4)], strict=True):
+        expected = binomtest(hits, of).proportion_ci(method="wilson")
+        assert interval == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-12)
+
+
+def test_the_interval_of_another_confidence_is_scipys() -> None:
+    expected = binomtest(13, 17).proportion_ci(0.8, method="wilson")
+    found = wilson_interval(13, 17, z=float(norm.ppf(0.9)))
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-9)
+    for successes, trials in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="need 0 <= successes <= trials"):
+            wilson_interval(successes, trials)
+    assert wilson_interval(0, 1) == pytest.approx((0.0, 0.79345), abs=1e-5)
+
+
+def test_log_loss_and_softmax_are_scipys() -> None:
+    logits, labels = random_batch(40, 4, seed=3)
+    exact = logits.astype(np.float64)
+    expected = logsumexp(exact, axis=1) - exact[np.arange(40), labels]
+    assert tally(logits, labels).log_loss_sum == pytest.approx(expected.sum(), rel=1e-12)
+    np.testing.assert_allclose(softmax(logits), scipy_softmax(exact, axis=1), rtol=1e-6)
+
+
+def test_tallies_add_each_count() -> None:
+    places = np.arange(15)
+    one = Tally(np.arange(9).reshape(3, 3), 1.5, places, places + 1, np.array(places / 4))
+    two = Tally(np.eye(3, dtype=np.int64), 2.25, 0 * places + 1, 0 * places + 2, np.full(15, 0.5))
+    found = one + two
+    assert found.confusion.tolist() == [[1, 1, 2], [3, 5, 5], [6, 7, 9]]
+    assert found.log_loss_sum == 3.75
+    assert found.bin_count.tolist() == list(range(1, 16))
+    assert found.bin_correct.tolist() == list(range(3, 18))
+    assert found.bin_confidence.tolist() == [0.25 * place + 0.5 for place in range(15)]
