@@ -65,7 +65,7 @@ def choose(valid: Outcomes, *, precision_target: float) -> Review:
             valid.confidence, valid.correct, precision_target=precision_target
         ),
         precision_target=precision_target,
-        novelty=float(np.quantile(valid.novelty, 1 - _UNLIKE, method="higher")),
+        novelty=float(np.quantile(valid.novelty, 1 - _UNLIKE, method="inverted_cdf")),
     )
 
 

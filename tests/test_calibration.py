@@ -1,5 +1,8 @@
+import itertools
+
 import numpy as np
 import pytest
+import scipy.special
 from numpy.typing import NDArray
 
 from leafnet import calibration, metrics, review
@@ -97,3 +100,92 @@ def test_review_thresholds_of_calibrated_confidence_mean_what_they_say() -> None
     trusted = outcomes.confidence >= chosen.confidence
     assert outcomes.correct[trusted].mean() == pytest.approx(0.9, abs=0.01)
     assert outcomes.confidence[trusted].mean() == pytest.approx(0.9, abs=0.01)
+
+
+def platt_log_loss(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float
+) -> float:
+    """Mean loss with one more example beside these N, of which every class has a share."""
+    count, classes = logits.shape
+    targets = (count * np.eye(classes)[labels] + 1 / classes) / (count + 1)
+    losses = -scipy.special.log_softmax(logits.astype(np.float64) / temperature, axis=1)
+    return float((targets * losses).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_the_temperature_has_the_lowest_loss_of_all(wrong: int) -> None:
+    logits = np.array([[4, 1, 0], [0, 2, 1], [3, 0, 2.5], [0, 1, 5], [1, 6, 0]], np.float32)
+    labels = logits.argmax(axis=1)
+    labels[:wrong] = 2
+    tried = np.geomspace(0.05, 20, 1001)  # six thousandths apart
+    best = tried[np.argmin([platt_log_loss(logits, labels, each) for each in tried])]
+    assert calibration.fit_temperature(logits, labels) == pytest.approx(best, rel=6e-3)
+
+
+def test_temperatures_end_at_a_twentieth_and_at_twenty() -> None:
+    labels = np.arange(3000) % 3
+    shy = (np.eye(3)[labels] * 0.001).astype(np.float32)
+    assert calibration.fit_temperature(shy, labels) == pytest.approx(0.05, rel=1e-3)
+    assert calibration.fit_temperature(shy * 1e5, (labels + 1) % 3) == pytest.approx(20, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [100, 101, 250])
+def test_the_temperature_is_that_of_examples_evenly_from_all(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels = simulated(count, times=1.0)
+    logits[: count // 2] *= 5  # the first are far too sure of themselves
+    stride = {100: 1, 101: 2, 250: 3}[count]
+    expected = calibration.fit_temperature(logits[::stride], labels[::stride])
+    monkeypatch.setattr(calibration, "_SAMPLE", 100)
+    assert calibration.fit_temperature(logits, labels) == expected
+
+
+def test_of_more_than_a_hundred_thousand_examples_every_second_is_looked_at() -> None:
+    logits, labels = simulated(100_001, times=1.0, classes=2)
+    logits[1::2] *= 9
+    assert calibration.fit_temperature(logits, labels) == pytest.approx(1.0, rel=0.04)
+
+
+def test_selective_accuracy_rounds_examples_up_and_takes_nine_tenths() -> None:
+    confidence = np.linspace(1.0, 0.5, 100)
+    correct = np.arange(100) < 55
+    # 0.55 x 100 is a little more than 55 in binary fractions.
+    assert calibration.selective_accuracy(confidence, correct, coverage=0.55) == 1.0
+    found = calibration.selective_accuracy(confidence, correct, coverage=0.551)
+    assert found == pytest.approx(55 / 56)
+    assert calibration.selective_accuracy(confidence, correct) == pytest.approx(55 / 90)
+
+
+def test_levels_by_hand() -> None:
+    confidence = np.array([0.0, 1 / 300, 1 / 150, 1 / 149, 0.5, 0.502, 0.99, 0.999, 1.0])
+    levels = calibration.confidence_levels(confidence)
+    assert levels.tolist() == [0, 0, 0, 1, 74, 75, 148, 149, 149]
+    assert calibration.level_bins(levels).tolist() == [0, 0, 0, 0, 7, 7, 14, 14, 14]
+
+
+@pytest.mark.parametrize(
+    "confidence", [[0.75], [0.97], [0.75, 0.75], [0.74, 0.79], [0.5, 0.75, 0.55, 0.98], [1.0, 1.0]]
+)
+def test_the_error_by_chance_is_that_of_all_sets_of_labels(confidence: list[float]) -> None:
+    """Each set of labels with its probability, instead of some that are drawn."""
+    told = calibration.ece_if_calibrated(np.array(confidence), draws=40_000)
+    sure = np.array(confidence)
+    bins = np.ceil(sure * 15).astype(int)
+    errors, chances = [], []
+    for right in itertools.product([0, 1], repeat=len(confidence)):
+        gaps = np.bincount(bins, np.array(right) - sure)
+        errors.append(np.abs(gaps).sum() / len(sure))
+        chances.append(np.where(right, sure, 1 - sure).prod())
+    assert told["mean"] == pytest.approx(np.dot(errors, chances), abs=0.006)
+    order = np.argsort(errors)
+    high = np.array(errors)[order][np.searchsorted(np.cumsum(np.array(chances)[order]), 0.95)]
+    assert told["high"] == pytest.approx(high)
+
+
+def test_the_error_by_chance_is_of_a_thousand_draws_from_seed_0() -> None:
+    confidence = np.linspace(0.4, 1.0, 30)
+    found = calibration.ece_if_calibrated(confidence)
+    assert found == calibration.ece_if_calibrated(confidence, seed=0, draws=1000)
+    assert found != calibration.ece_if_calibrated(confidence, seed=1)
+    assert found != calibration.ece_if_calibrated(confidence, draws=2000)

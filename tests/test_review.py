@@ -82,3 +82,46 @@ def test_effect_of_reviewing_everything_has_no_accuracy() -> None:
 )
 def test_reasons(confidence: float, novelty: float, expected: Any) -> None:
     assert Review(0.8, 0.95, 20.0).reason(confidence, novelty) == expected
+
+
+def test_what_is_on_a_threshold_is_not_for_review() -> None:
+    outcomes = made([0.5, 0.75, 0.75, 0.9], [True, True, False, True], [5, 5, 6, 4])
+    found = review.effect(outcomes, Review(confidence=0.75, precision_target=0.9, novelty=5.0))
+    assert found == {
+        "examples": 4,
+        "share_reviewed": 0.5,
+        "share_low_confidence": 0.25,
+        "share_unlike": 0.25,
+        "accuracy": 1.0,
+    }
+
+
+def test_the_accuracy_of_an_effect_is_that_of_what_is_not_reviewed() -> None:
+    outcomes = made([0.9] * 5, [True, False, False, True, False], [1, 1, 1, 9, 9])
+    found = review.effect(outcomes, Review(confidence=0.8, precision_target=0.9, novelty=5.0))
+    assert found["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_outcomes_by_hand() -> None:
+    logits = np.log(np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], np.float32))
+    found = review.outcomes(logits, np.array([1, 1, 2]), np.array([7, 3, 5], np.float32))
+    np.testing.assert_allclose(found.confidence, [0.5, 0.6, 0.7], rtol=1e-6)
+    assert found.correct.tolist() == [True, False, True]
+    assert found.novelty.tolist() == [7, 3, 5]
+
+
+def test_chosen_thresholds_by_hand() -> None:
+    outcomes = made([0.4, 0.6, 0.8], [False, True, True], [3, 9, 1])
+    found = review.choose(outcomes, precision_target=0.9)
+    assert found == Review(confidence=float(np.float32(0.6)), precision_target=0.9, novelty=9.0)
+    # Two of three are right in all, and that is enough.
+    assert review.choose(outcomes, precision_target=0.66).confidence == 0.0
+
+
+@pytest.mark.parametrize(("count", "above"), [(99, 0), (100, 1), (101, 1), (250, 2), (1000, 10)])
+def test_the_threshold_of_novelty_is_the_smallest_with_one_percent_above(
+    count: int, above: int
+) -> None:
+    novelty = np.random.default_rng(0).permutation(count).astype(np.float32)
+    outcomes = Outcomes(np.ones(count, np.float32), np.ones(count, bool), novelty)
+    assert review.choose(outcomes, precision_target=0.9).novelty == count - 1 - above
