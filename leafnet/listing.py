@@ -7,6 +7,7 @@ gets its reason when it is read.
 import glob
 import os
 import posixpath
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +41,7 @@ _LISTS = (".txt", ".lst", ".parquet")
 _URL_COLUMNS = ("image", "url", "path", "file", "uri")
 _CHUNK = 65_536
 _INFO_THREADS = 32
+_MAGIC = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,19 @@ def _with_prefix(prefix: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_infos(asked: str, found: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The files of a glob's answer, and those below the folders in it."""
+    """The files of a glob's answer, and those below the folders in it.
+
+    Hidden ones are among them where the pattern names them, as in a shell.
+    """
     protocol = "" if storage.is_local(asked) else asked.split("://", 1)[0] + "://"
+    pattern = asked.removeprefix(protocol).lstrip("/")
+    fixed = len(_MAGIC.split(pattern, 1)[0].rpartition("/")[0])
+    if _is_shown(pattern[fixed:].lstrip("/")):
+        found = {
+            name: info
+            for name, info in found.items()
+            if _is_shown(name.lstrip("/")[fixed:].strip("/"))
+        }
     folders = [name for name, info in found.items() if info.get("type") == "directory"]
     listed = set()
     for name, info in found.items():
