@@ -41,14 +41,14 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stock() -> Any:
-    """Keras's own ResNet50 for 64 pixels whose BatchNorms do something."""
+    """Keras's own ResNet50 for 64 pixels whose biases and BatchNorms do something."""
     import keras
 
     keras.utils.set_random_seed(0)
     model = keras.applications.ResNet50(
         include_top=False, weights=None, input_shape=(64, 64, 3), pooling="avg"
     )
-    generator = np.random.default_rng(0)
+    generator, biases = np.random.default_rng(0), np.random.default_rng(1)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             gamma, beta, mean, variance = layer.get_weights()
@@ -60,6 +60,9 @@ def stock() -> Any:
                     generator.uniform(0.5, 2.0, variance.shape),
                 ]
             )
+        elif isinstance(layer, keras.layers.Conv2D):
+            kernel, bias = layer.get_weights()
+            layer.set_weights([kernel, biases.normal(0, 0.1, bias.shape)])
     return model
 
 

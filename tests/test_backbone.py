@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import threading
 import time
@@ -6,11 +7,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import h5py
 import numpy as np
 import pytest
 
-from leafnet import backbone
+from leafnet import backbone, storage
 from leafnet.errors import UserError
 
 SIZE = 64
@@ -29,6 +31,152 @@ def stock_features(stock: Any, images: np.ndarray) -> np.ndarray:
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of an architecture of one convolution with its BatchNorm, and what is in it."""
+    only = ("conv1_conv", "conv1_bn", (7, 7, 3, 5))
+    monkeypatch.setattr(backbone, "convolutions", lambda: iter([only]))
+    generator = np.random.default_rng(3)
+    values = {
+        "conv1_conv/kernel": generator.normal(0, 1, (7, 7, 3, 5)),
+        "conv1_conv/bias": generator.normal(0, 1, 5),
+        "conv1_bn/gamma": generator.uniform(0.5, 2, 5),
+        "conv1_bn/beta": generator.normal(0, 1, 5),
+        "conv1_bn/moving_mean": generator.normal(0, 1, 5),
+        "conv1_bn/moving_variance": np.array([2.0, 0.1, 1e-5, 1e-6, 0.0]),
+    }
+    raw = {name: array.astype(np.float32) for name, array in values.items()}
+    write_older_layout(tmp_path / "one.h5", raw)
+    return tmp_path / "one.h5", raw
+
+
+def write_older_layout(path: Path, raw: dict[str, Any], *, under: str = "") -> None:
+    with h5py.File(path, "w") as file:
+        for name, array in raw.items():
+            file[f"{under}{name}"] = array
+
+
+def test_the_fingerprint_is_over_names_and_numbers_before_folding(
+    one_layer: tuple[Path, dict[str, Any]],
+) -> None:
+    path, raw = one_layer
+    content = b"".join(name.encode() + array.tobytes() for name, array in raw.items())
+    weights = backbone.load_weights(str(path))
+    assert weights.fingerprint == hashlib.sha256(content).hexdigest()
+    assert weights.source == str(path)
+
+
+def test_a_whole_model_in_double_precision_has_the_same_weights(
+    one_layer: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, raw = one_layer
+    doubles = {name: array.astype(np.float64) for name, array in raw.items()}
+    doubles["predictions/kernel"] = np.zeros((5, 2))
+    write_older_layout(tmp_path / "whole.h5", doubles, under="model_weights/")
+    whole = backbone.load_weights(str(tmp_path / "whole.h5"))
+    assert whole.fingerprint == backbone.load_weights(str(path)).fingerprint
+
+
+def test_the_variable_is_found_by_its_name_in_the_layer(
+    one_layer: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, raw = one_layer
+    with h5py.File(tmp_path / "named.h5", "w") as file:
+        for name, array in raw.items():
+            layer, variable = name.split("/")
+            file[f"{layer}/scope/{layer}/{variable}:0"] = array
+        for layer, group in file.items():
+            names = [name.split("/")[1] for name in raw if name.startswith(f"{layer}/")]
+            group.attrs["weight_names"] = [f"scope/{layer}/{name}:0" for name in names[::-1]]
+    named = backbone.load_weights(str(tmp_path / "named.h5"))
+    assert named.fingerprint == backbone.load_weights(str(path)).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ({"conv1_conv/kernel": np.zeros((7, 7, 4, 5))}, r"conv1_conv .* has shape \(7, 7, 4, 5\)"),
+        ({"conv1_bn/beta": np.zeros(4)}, r"conv1_bn .* shape \(5,\), the file has shape \(4,\)"),
+        ({"conv1_conv/bias": None}, "conv1_conv/bias of shape .* the file has nothing"),
+        (
+            {"conv1_conv/bias": None, "conv1_conv/bias/deeper": np.zeros(5)},
+            "conv1_conv/bias of shape .* has shape of a group",
+        ),
+    ],
+)
+def test_weights_of_another_shape_are_refused(
+    one_layer: tuple[Path, dict[str, Any]], tmp_path: Path, harm: dict[str, Any], message: str
+) -> None:
+    harmed = {name: array for name, array in (one_layer[1] | harm).items() if array is not None}
+    write_older_layout(tmp_path / "harmed.h5", harmed)
+    with pytest.raises(UserError, match=message) as caught:
+        backbone.load_weights(str(tmp_path / "harmed.h5"))
+    assert caught.value.reason == "other-architecture"
+
+
+def test_what_is_refused_is_named_as_it_was_given(tmp_path: Path) -> None:
+    """Not by the copy that is read."""
+    fs = fsspec.filesystem("memory")
+    for name, reason in [("text", "bad-weights"), ("empty", "other-architecture")]:
+        path = tmp_path / name
+        path.write_text("hello") if name == "text" else h5py.File(path, "w").close()
+        fs.pipe_file(f"/weights/{name}.h5", path.read_bytes())
+        with pytest.raises(UserError, match=f"--weights memory://weights/{name}.h5 ") as caught:
+            backbone.load_weights(f"memory://weights/{name}.h5")
+        assert caught.value.reason == reason
+
+
+def test_fingerprint_of_folded_weights_is_over_names_and_all_numbers() -> None:
+    one, two = np.arange(3, dtype=np.float32), np.arange(2, dtype=np.float32)
+    found = backbone.fingerprint({"a": (one, two), "b": (two, one)})
+    numbers = one.tobytes() + two.tobytes(), two.tobytes() + one.tobytes()
+    assert found == hashlib.sha256(b"a" + numbers[0] + b"b" + numbers[1]).hexdigest()
+    assert found == backbone.fingerprint({"b": (two, one), "a": (one, two)})
+
+
+def test_layers_are_those_of_keras_in_its_order(stock: Any) -> None:
+    import keras
+
+    kinds = (keras.layers.Conv2D, keras.layers.BatchNormalization)
+    layers = [layer for layer in stock.layers if isinstance(layer, kinds)]
+    convolutions = [layer for layer in layers if isinstance(layer, keras.layers.Conv2D)]
+    norms = [layer.name for layer in layers if layer not in convolutions]
+    found = list(backbone.convolutions())
+    assert [(conv, shape) for conv, _, shape in found] == [
+        (layer.name, tuple(layer.kernel.shape)) for layer in convolutions
+    ]
+    assert [norm for _, norm, _ in found] == norms
+    assert stock.output_shape == (None, backbone.FEATURES)
+
+
+def test_folding_does_what_keras_does_in_two_layers(
+    stock: Any, one_layer: tuple[Path, dict[str, Any]]
+) -> None:
+    """With the small variances of real weights, to which Keras adds its epsilon."""
+    import keras
+
+    path, raw = one_layer
+    epsilon = stock.get_layer("conv1_bn").epsilon
+    assert {
+        layer.epsilon
+        for layer in stock.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    } == {epsilon}
+    two = keras.Sequential(
+        [
+            keras.Input((9, 9, 3)),
+            keras.layers.Conv2D(5, 7),
+            keras.layers.BatchNormalization(epsilon=epsilon),
+        ]
+    )
+    two.set_weights(list(raw.values()))
+    images = np.random.default_rng(4).normal(size=(2, 9, 9, 3)).astype(np.float32)
+    kernel, bias = backbone.load_weights(str(path)).convolutions["conv1_conv"]
+    assert kernel.dtype == bias.dtype == np.float32
+    found = keras.ops.conv(images, kernel) + bias
+    np.testing.assert_allclose(found, two(images), rtol=1e-4, atol=1e-4)
 
 
 def test_folded_equals_stock_keras(stock: Any, weights_file: str, images: np.ndarray) -> None:
@@ -62,8 +210,9 @@ def test_older_keras_layout_gives_the_same_weights(
                 group[name] = np.asarray(weight)
     old, new = backbone.load_weights(str(path)), backbone.load_weights(weights_file)
     assert old.fingerprint == new.fingerprint
-    for name, (kernel, _) in new.convolutions.items():
+    for name, (kernel, bias) in new.convolutions.items():
         np.testing.assert_array_equal(old.convolutions[name][0], kernel)
+        np.testing.assert_array_equal(old.convolutions[name][1], bias)
 
 
 def test_random_weights_follow_the_seed() -> None:
@@ -75,6 +224,14 @@ def test_random_weights_follow_the_seed() -> None:
     # BatchNorm divides by sqrt(1 + 1.001e-5).
     assert kernel.var() == pytest.approx(2 / (49 * (3 + 64)), rel=0.05)
     assert not bias.any()
+    for name, fans in {
+        "conv2_block1_2_conv": 3 * 3 * (64 + 64),
+        "conv3_block1_0_conv": 1 * 1 * (256 + 512),
+    }.items():
+        kernel, _ = first.convolutions[name]
+        assert kernel.max() == pytest.approx(np.sqrt(6 / fans), rel=1e-3)
+        assert kernel.min() == pytest.approx(-np.sqrt(6 / fans), rel=1e-3)
+    assert backbone.load_weights("random").fingerprint == first.fingerprint
 
 
 def test_other_architecture_is_refused_by_layer(tmp_path: Path) -> None:
@@ -122,12 +279,46 @@ def test_imagenet_takes_the_file_in_keras_cache(
     assert weights.fingerprint == backbone.load_weights(weights_file).fingerprint
 
 
+def test_imagenet_is_the_file_that_keras_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from keras.src.applications import resnet
+
+    assert resnet.WEIGHTS_HASHES["resnet50"][1] == backbone._IMAGENET_MD5
+    name = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    assert f"{resnet.BASE_WEIGHTS_PATH}{name}" == backbone._IMAGENET_URL
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert backbone.imagenet_path() == Path(f"/home/somebody/.keras/models/{name}")
+    monkeypatch.setenv("KERAS_HOME", "/elsewhere")
+    assert backbone.imagenet_path() == Path(f"/elsewhere/models/{name}")
+
+
+def test_imagenet_is_downloaded_once_and_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_layer: tuple[Path, dict[str, Any]]
+) -> None:
+    data = one_layer[0].read_bytes()
+    come = [data[:-1], data]
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(storage, "read_bytes", lambda url: come.pop(0))
+    monkeypatch.setattr(backbone, "_IMAGENET_MD5", hashlib.md5(data).hexdigest())
+    with pytest.raises(UserError, match="came damaged") as caught:
+        backbone.load_weights("imagenet")
+    assert caught.value.reason == "bad-download"
+    assert not backbone.imagenet_path().exists()
+    for _ in range(2):
+        weights = backbone.load_weights("imagenet")
+        assert weights.fingerprint == backbone.load_weights(str(one_layer[0])).fingerprint
+        assert weights.source == "imagenet"
+    assert backbone.is_imagenet(backbone.imagenet_path().read_bytes())
+    assert come == []
+
+
 @pytest.mark.parametrize(
     ("wanted", "capability", "expected"),
     [
         ("float32", (9, 0), "float32"),
         ("bfloat16", None, "bfloat16"),
         ("auto", (9, 0), "bfloat16"),
+        ("auto", (8, 0), "bfloat16"),
         ("auto", (7, 5), "float32"),
     ],
 )
@@ -150,6 +341,88 @@ def test_precision_of_a_processor(
     precision, why = backbone.choose_precision("auto", compute_capability=None)
     assert precision == expected
     assert why
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx512_bf16 avx2", {"fpu", "avx512_bf16", "avx2"}),
+        ("fpu", {"fpu"}),
+    ],
+)
+def test_a_processor_tells_its_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: set[str]
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: amx_bf16 no-flags\nflags: x\n")
+    monkeypatch.setattr(backbone, "Path", {"/proc/cpuinfo": told}.get)
+    assert backbone._cpu_flags() >= expected
+    assert not backbone._cpu_flags() & {"amx_bf16", "x"}
+    told.unlink()
+    assert backbone._cpu_flags() == frozenset()
+
+
+def test_the_precision_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = backbone.choose_precision
+    assert choose("float32", compute_capability=(9, 0))[1] == "as set"
+    assert "capability 8.6 has it" in choose("auto", compute_capability=(8, 6))[1]
+    assert "capability 7.0 lacks bfloat16" in choose("auto", compute_capability=(7, 0))[1]
+    monkeypatch.setattr(backbone, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    assert choose("auto", compute_capability=None)[1] == "the processor has avx512_bf16"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_tensorflow_is_limited_to_the_threads_of_the_job(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    import tensorflow as tf
+
+    told: list[Any] = []
+
+    def note(name: str) -> Any:
+        return lambda *args: told.append((name, *args))
+
+    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, name, note(name))
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", note("growth"))
+    monkeypatch.setattr(tf.config, "set_visible_devices", note("visible"))
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind} 0", f"{kind} 1"])
+    backbone.limit_threads(3, gpu=gpu)
+    assert sorted(told) == [
+        ("growth", "GPU 0", True),
+        ("growth", "GPU 1", True),
+        ("set_inter_op_parallelism_threads", 3),
+        ("set_intra_op_parallelism_threads", 3),
+        *([] if gpu else [("visible", [], "GPU")]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def half_precision(weights_file: str) -> tuple[Any, Any]:
+    """The network in bfloat16, with and without its last average."""
+    weights = backbone.load_weights(weights_file).convolutions
+    pooled, maps = (
+        backbone.build(weights, image_size=SIZE, precision="bfloat16", pooled=pooled)
+        for pooled in (True, False)
+    )
+    return pooled, maps
+
+
+def test_the_last_average_is_taken_in_float32(
+    half_precision: tuple[Any, Any], images: np.ndarray
+) -> None:
+    pooled, unpooled = half_precision
+    maps = np.asarray(unpooled(images))
+    assert maps.shape == (4, 2, 2, backbone.FEATURES)
+    np.testing.assert_allclose(pooled(images), maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_is_the_precision_of_every_layer(half_precision: tuple[Any, Any]) -> None:
+    network = half_precision[0].get_layer("resnet50")
+    assert {layer.compute_dtype for layer in network.layers[1:]} == {"bfloat16"}
+    assert network.inputs[0].dtype == "bfloat16"
+    assert {str(weight.dtype) for weight in network.weights} == {"bfloat16"}
+    assert not half_precision[0].trainable_variables
 
 
 @pytest.mark.parametrize("blocks", [1, 4, "all"])
@@ -234,6 +507,20 @@ def test_batches_are_made_ahead_until_nobody_takes_them() -> None:
         assert time.monotonic() < deadline, "the thread goes on"
         time.sleep(0.01)
     assert len(made) <= 3 + 2 + 1
+
+
+def test_two_batches_are_ready_beside_the_one_that_waits() -> None:
+    made: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    with closing(backbone.ahead(batches())) as taken:
+        assert next(taken) == 0
+        time.sleep(0.5)
+        assert len(made) <= 1 + 2 + 1
 
 
 def test_what_goes_wrong_ahead_is_met_in_its_place() -> None:
