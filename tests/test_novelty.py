@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import mahalanobis
 
 from leafnet import novelty
 from leafnet.novelty import Novelty
@@ -110,3 +111,86 @@ def test_arrays_make_the_same_again_and_are_small() -> None:
     again = Novelty(**arrays)
     features = made_features(5, width=2048, seed=1)
     np.testing.assert_array_equal(again.distance(features), fitted.distance(features))
+
+
+@pytest.mark.parametrize(("count", "directions"), [(30, 7), (200, 39)])
+def test_the_fit_is_probabilistic_pca_of_compressed_features(count: int, directions: int) -> None:
+    """With fewer examples than features, and with more."""
+    features = made_features(count)
+    features[:, 0] *= features[:, 0] > 1.5  # mostly 0, so its mean is its scale
+    exact = features.astype(np.float64)
+    unit = np.maximum(np.median(exact, axis=0), exact.mean(axis=0) / 10) + 1e-6
+    compressed = np.log(1 + exact / unit)
+    values, vectors = np.linalg.eigh(np.cov(compressed.T, bias=True))
+    fitted = novelty.fit(features)
+    np.testing.assert_allclose(fitted.unit, unit, rtol=1e-5)
+    np.testing.assert_allclose(fitted.mean, compressed.mean(axis=0), rtol=1e-4)
+    assert fitted.directions.shape == (WIDTH, directions)
+    np.testing.assert_allclose(np.sort(fitted.spread) ** 2, values[-directions:], rtol=5e-3)
+    assert float(fitted.rest) ** 2 == pytest.approx(values[:-directions].mean(), rel=1e-2)
+    leading = vectors[:, -directions:]
+    found = fitted.directions @ fitted.directions.T
+    np.testing.assert_allclose(found, leading @ leading.T, atol=5e-3)
+
+
+def test_the_distance_is_scipys_mahalanobis() -> None:
+    identity = np.eye(4, dtype=np.float32)
+    fitted = Novelty(
+        unit=np.array([1, 2, 0.5, 4], np.float32),
+        mean=np.array([0.1, 0.2, 0.3, 0.4], np.float32),
+        directions=identity[:, [2, 0]],
+        spread=np.array([0.5, 3.0], np.float32),
+        rest=np.float32(0.25),  # type: ignore[arg-type]
+    )
+    features = np.array([[1, 0, 2, 3], [0, 5, 0.1, -7]], np.float32)
+    inverse = np.diag(1 / np.array([3.0, 0.25, 0.5, 0.25]) ** 2)
+    compressed = np.log([[2, 1, 5, 1.75], [1, 3.5, 1.2, 1]])  # what is under 0 counts as 0
+    expected = [mahalanobis(each, fitted.mean, inverse) for each in compressed]
+    np.testing.assert_allclose(fitted.distance(features), expected, rtol=1e-5)
+
+
+def test_scales_by_hand() -> None:
+    columns = np.array([[0, 1, 5, 0], [0, 2, 5, 0], [0, 4, 5, 0], [8, 97, 5, 0]], np.float32)
+    # A tenth of the mean 2, of 26 less than the median 3, the median 5, and nothing at all.
+    np.testing.assert_allclose(novelty._units(columns), [0.2, 3.0, 5.0, 1e-6], rtol=1e-5)
+    assert novelty._units(columns * 0.1)[0] == pytest.approx(0.02 + 1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "directions"),
+    [(3, 20, 0), (4, 20, 1), (7, 20, 1), (8, 20, 2), (60, 3, 2), (1028, 258, 256)],
+)
+def test_how_many_directions_are_kept(count: int, width: int, directions: int) -> None:
+    features = np.random.default_rng(0).uniform(1, 9, (count, width))
+    fitted = novelty.fit(features)
+    assert fitted.spread.shape == (directions,)
+    assert fitted.directions.shape == (width, directions)
+    compressed = np.log1p(features / fitted.unit)
+    total = compressed.var(axis=0).sum()
+    # Whatever the directions do not hold is spread over the others.
+    found = (fitted.spread**2).sum() + (width - directions) * float(fitted.rest) ** 2
+    assert found == pytest.approx(total, rel=1e-3)
+
+
+def test_directions_without_variance_are_left_out() -> None:
+    features = np.ones((100, WIDTH))
+    generator = np.random.default_rng(0)
+    features[:, :2] = generator.uniform(1, 9, (100, 2))
+    features[:, 2] += generator.uniform(0, 1e-4, 100)  # of less than the floor
+    fitted = novelty.fit(features)
+    assert fitted.directions.shape == (WIDTH, 2)
+    np.testing.assert_allclose(fitted.directions[2:], 0, atol=1e-4)
+    total = np.log1p(features / fitted.unit).var(axis=0).sum()
+    # A millionth of one and of the mean variance is the least that is believed.
+    assert float(fitted.rest) ** 2 == pytest.approx(1e-6 * (1 + total / WIDTH), rel=1e-3)
+
+
+def test_the_sample_is_every_row_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = made_features(101)
+    features[1::2] *= 7
+    whole = novelty.fit(features[:100])
+    monkeypatch.setattr(novelty, "_SAMPLE", 100)
+    np.testing.assert_array_equal(novelty.fit(features[:100]).unit, whole.unit)
+    np.testing.assert_allclose(
+        novelty.fit(features).unit, np.median(features[::2], axis=0) + 1e-6, rtol=1e-5
+    )
