@@ -323,7 +323,7 @@ def installed_wheel(folder: Path) -> Path:
     source = folder / "source"
     for name in ("leafnet", "jobs"):
         shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     built = run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)])

@@ -17,7 +17,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
@@ -31,6 +31,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
 
 from leafnet import cluster, config
+from tests.test_packaging import sources
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -447,17 +448,32 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def is_sent_to_docker(name: str) -> bool:
+    """Whether a file or folder is: the last pattern that fits it, or a folder it is in, decides."""
+    path, sent = PurePosixPath("/", name), True
+    for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        # With a slash in front it has to fit the whole path, and not its end alone.
+        pattern = pattern[3:] if pattern.startswith("**/") else f"/{pattern}"
+        if any(each.match(pattern) for each in (path, *path.parents)):
+            sent = line.startswith("!")
+    return sent
+
+
+def test_docker_gets_every_source_and_nothing_else() -> None:
+    assert [str(path) for path in sources().values() if not is_sent_to_docker(str(path))] == []
+    for name in ("data/leaf.jpg", ".git/config", "runs/a/model/head.json", "tests/conftest.py"):
+        assert not is_sent_to_docker(name), name
+    assert not is_sent_to_docker("leafnet/__pycache__/errors.cpython-311.pyc")
+
+
 def test_dockerfile_has_what_it_copies_and_ends_without_root() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
-    sources = [
-        word for line in re.findall(r"^COPY (.*)$", text, re.M) for word in line.split()[:-1]
-    ]
-    assert sources
-    let_in = re.findall(r"^!(.*)$", (CLUSTER / "Dockerfile.dockerignore").read_text(), re.M)
-    for source in sources:
+    copied = [word for line in re.findall(r"^COPY (.*)$", text, re.M) for word in line.split()[:-1]]
+    assert copied
+    for source in copied:
         assert (REPOSITORY / source).exists(), source
-        wanted = f"{source}x.py" if source.endswith("/") else source
-        assert any(fnmatch.fnmatch(wanted, let) for let in let_in), f"{source} is not let in"
+        assert is_sent_to_docker(source), source
     stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", text, re.M | re.S))
     for target in ("cpu", "gpu"):
         assert re.findall(r"^USER (.*)$", stages[target], re.M)[-1] == "1000:1000"
