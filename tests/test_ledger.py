@@ -1,4 +1,6 @@
 import itertools
+import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,271 @@ def test_staging_of_other_photographs_is_left_alone(out: str) -> None:
     there.add(made_rows("a"))
     here.delete()
     assert start("there").kept == there.kept
+
+
+def rows_of(file: ledger.Published) -> pa.parquet.ParquetFile:
+    return pa.parquet.ParquetFile(pa.BufferReader(storage.read_bytes(file.url)))
+
+
+def test_rows_of_a_group_are_by_image_and_hold_together(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_ROW_GROUP", 4)
+    parts = (["g", "c"], ["e", "a", "z", "b"], ["y", "d"], ["x"])
+    tables = [pa.concat_tables([made_rows(n, version=f"v{n}") for n in part]) for part in parts]
+    publish(out, "2026-11-01", *tables)
+    (file,) = ledger.published(out)
+    groups = [rows_of(file).read_row_group(i) for i in range(rows_of(file).num_row_groups)]
+    # As they came, cut after each fourth row.
+    expected = [["a", "c", "e", "g"], ["b", "d", "y", "z"], ["x"]]
+    assert [group["image"].to_pylist() for group in groups] == expected
+    for group in groups:
+        versions = [f"v{name}" for name in group["image"].to_pylist()]
+        assert group["version"].to_pylist() == versions
+
+
+@pytest.mark.parametrize("parts", [[11], [4, 4, 3], [1, 10], [3, 3, 3, 2], [8], [4]])
+def test_no_row_group_is_longer_than_the_limit(
+    parts: list[int], out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_ROW_GROUP", 4)
+    names = iter(f"{i:02d}" for i in range(sum(parts)))
+    tables = [made_rows(*itertools.islice(names, count)) for count in parts]
+    counts = publish(out, "2026-11-01", *tables)
+    (file,) = ledger.published(out)
+    metadata = rows_of(file).metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert max(groups) == 4
+    assert rows_of(file).read()["image"].to_pylist() == [f"{i:02d}" for i in range(sum(parts))]
+    assert counts.rows == sum(parts) == sum(groups)
+
+
+def test_how_a_night_is_stored(out: str) -> None:
+    publish(out, "2026-11-01", made_rows("a", "b"))
+    (file,) = ledger.published(out)
+    group = rows_of(file).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    # Few values in many rows; a dictionary of URLs would hold each of them once more.
+    repeated = {"status", "label", "reason", "model_id", "run_id"}
+    assert {name for name, column in columns.items() if column.has_dictionary_page} == repeated
+    assert (columns["image"].statistics.min, columns["image"].statistics.max) == ("a", "b")
+    assert rows_of(file).schema_arrow.metadata[b"model_id"] == MODEL.encode()
+
+
+def test_a_night_is_put_together_beside_its_target(tmp_path: Path) -> None:
+    """A rename needs the same disk, and no reader's pattern finds what is not complete."""
+    root = ledger.staging_root(str(tmp_path), model_id=MODEL, images="in")
+    staging = ledger.start_staging(root, date="2026-11-01", found=None)
+    staging.add(made_rows("a"))
+
+    def check(counts: Counts) -> None:
+        (folder,) = [path for path in Path(root).iterdir() if path.name.startswith("publish-")]
+        assert [path.suffix for path in folder.iterdir()] == [""]
+
+    ledger.publish(staging, str(tmp_path), schema=SCHEMA, check=check)
+    assert sorted(path.name for path in Path(root).iterdir()) == ["part-000000", "run.json"]
+
+
+def test_counts_begin_with_the_most_frequent() -> None:
+    root = ledger.staging_root("memory://counts", model_id=MODEL, images="in")
+    staging = ledger.start_staging(root, date="2026-11-01", found=None)
+    staging.add(made_rows("a", reason="empty: x"))
+    staging.add(made_rows("b", "c", "d", reason="corrupt: x"))
+    staging.add(made_rows("e", "f", reason="truncated: x: y"))
+    counts = ledger.publish(staging, "memory://counts", schema=SCHEMA, check=lambda counts: None)
+    assert list(counts.reason.items()) == [("corrupt", 3), ("truncated", 2), ("empty", 1)]
+    assert (counts.status, counts.label, counts.rows) == ({"failed": 6}, {}, 6)
+
+
+def test_published_files_are_told_by_their_place_and_name(out: str) -> None:
+    urls = [
+        "date=2026-11-02/b.parquet",
+        "date=2026-11-02/a.parquet",
+        "date=2026-10-31/c.parquet",
+        "date=2026-11-02/notes.txt",
+        "date=2026-11-02/d.parquet.tmp",
+        "date=2026/e.parquet",
+        "_runs/f.parquet",
+        "my date=/g.parquet",
+    ]
+    for url in urls:
+        storage.write_bytes(storage.join(out, url), b"x")
+    assert ledger.published(out) == [
+        (storage.join(out, "date=2026-10-31/c.parquet"), "2026-10-31", "c"),
+        (storage.join(out, "date=2026-11-02/a.parquet"), "2026-11-02", "a"),
+        (storage.join(out, "date=2026-11-02/b.parquet"), "2026-11-02", "b"),
+    ]
+    assert ledger.target(out, "2026-10-31", "c") == ledger.published(out)[0].url
+
+
+@pytest.mark.parametrize("readers", [1, 2, 5, 16])
+def test_history_is_of_every_file(readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"memory://history-{readers}"
+    for day in range(1, 6):
+        publish(out, f"2026-11-0{day}", made_rows(f"{day}a", f"{day}b"))
+    monkeypatch.setattr(ledger, "_READERS", readers)
+    monkeypatch.setattr(ledger, "_LOOK_UP_ROWS", 1)
+    found = list(ledger.history(ledger.published(out), model_id=MODEL, schema=SCHEMA))
+    assert [(part.date[-1], part.keys["image"].to_pylist()) for part in found] == [
+        (str(day), [f"{day}{name}"]) for day in range(1, 6) for name in "ab"
+    ]
+    assert {tuple(part.keys.column_names) for part in found} == {("image", "version")}
+    assert not np.concatenate([part.may_pass for part in found]).any()
+
+
+def write_night(out: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    storage.write_bytes(ledger.target(out, "2026-11-01", "r"), sink.getvalue().to_pybytes())
+
+
+def test_files_of_others(out: str) -> None:
+    def history() -> list[ledger.History]:
+        return list(ledger.history(ledger.published(out), model_id=MODEL, schema=SCHEMA))
+
+    # Of no model that it names: none of this one's.
+    write_night(out, made_rows("a").replace_schema_metadata(None))
+    assert history() == []
+    write_night(out, pa.table({"city": ["x"], "people": [1]}))
+    with pytest.raises(UserError, match=r"another kind \(city, people\) than") as caught:
+        history()
+    assert caught.value.reason == "other-classes"
+    storage.write_bytes(ledger.target(out, "2026-11-01", "r"), b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"r\.parquet is damaged: ") as caught:
+        history()
+    assert caught.value.reason == "bad-predictions"
+
+
+def test_only_failures_that_can_pass_are_tried_again() -> None:
+    rows = [
+        ("failed", "cannot-read: OSError: away", True),
+        ("failed", "not-found: it is not there", True),
+        ("failed", "needs-heif: pip", True),
+        ("failed", "corrupt: cannot-read", False),
+        ("failed", "not-finite: the network gave no number", False),
+        ("review", "cannot-read: no such reason of a review", False),
+        ("ok", None, False),
+        ("failed", None, False),
+    ]
+    table = pa.table({"status": [row[0] for row in rows], "reason": [row[1] for row in rows]})
+    assert ledger._may_pass(table).tolist() == [row[2] for row in rows]
+
+
+def test_slugs_of_reasons() -> None:
+    reasons = pa.chunked_array([["a: b: c", None], ["d: e; f: g", "h"]])
+    assert ledger.slugs(reasons).to_pylist() == ["a", "d", "h"]
+
+
+def test_how_often_a_photograph_is_tried() -> None:
+    """By the night on which it failed, and how often it has on earlier ones."""
+
+    def failed(date: str, *names: str) -> ledger.History:
+        return ledger.History(date, made_rows(*names).select(["image", "version"]), may_pass(names))
+
+    def may_pass(names: tuple[str, ...]) -> ledger.Bools:
+        return np.array([not name.startswith("final") for name in names])
+
+    history = [
+        failed("2026-11-27", "thrice", "final", "gone"),
+        failed("2026-11-28", "thrice", "twice"),
+        failed("2026-11-29", "thrice", "twice", "once"),
+        failed("2026-11-30", "tonight"),
+    ]
+    names = ("thrice", "twice", "once", "tonight", "final", "new")
+    for retries, expected in (
+        (0, [False, False, False, False, False, True]),
+        (1, [False, False, True, False, False, True]),
+        (2, [False, True, True, False, False, True]),
+        (3, [True, True, True, False, False, True]),
+    ):
+        found = ledger.difference(listed(*names), history, date="2026-11-30", retries=retries)
+        assert found.todo.tolist() == expected
+        assert found.again == sum(expected) - 1
+        assert found.already_done == 6 - sum(expected)
+    later = ledger.difference(listed(*names), history, date="2026-12-01", retries=1)
+    assert later.todo.tolist() == [False, False, True, True, False, True]
+
+
+def test_places_among_the_listed() -> None:
+    def table(*keys: tuple[str, str | None]) -> pa.Table:
+        columns = {"image": [key[0] for key in keys], "version": [key[1] for key in keys]}
+        return pa.table(columns, schema=pa.schema({"image": pa.string(), "version": pa.string()}))
+
+    among = ledger.keys(table(("x", "1"), ("y", "1"), ("z", "1"), ("n", None)))
+    asked = table(("z", "1"), ("q", "1"), ("x", "1"), ("z", "1"), ("y", "2"), ("n", None))
+    assert ledger.places(among, asked).tolist() == [2, -1, 0, 2, -1, 3]
+    assert ledger.places(among, table(("q", "1"))).tolist() == [-1]
+    assert ledger.places(among, table()).tolist() == []
+    # Where one ends and the other begins is not forgotten.
+    assert ledger.places(among, table(("x1", None), ("", "x1"))).tolist() == [-1, -1]
+    assert len(set(ledger.keys(table(("ab", "c"), ("a", "bc"), ("abc", None))).to_pylist())) == 3
+
+
+def test_what_an_interrupted_run_left_is_found_as_it_was(out: str) -> None:
+    root = ledger.staging_root(out, model_id=MODEL, images="in")
+    started = ledger.start_staging(root, date="2026-11-01", found=None)
+    assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{6}", started.run_id)
+    at = datetime.fromisoformat(started.started_at)
+    assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\+00:00", started.started_at)
+    assert abs((datetime.now(UTC) - at).total_seconds()) < 60
+    assert started.run_id.startswith(f"{at:%Y%m%dT%H%M%SZ}-")
+    assert (
+        ledger.find_staging(root)
+        == started
+        == Staging(root, started.run_id, started.started_at, "2026-11-01", next_part=0, kept=[])
+    )
+    for name in "abc":
+        started.add(made_rows(name))
+    started.keep_aside("thumbnails", made_rows("t"))
+    assert started.kept == ["part-000000", "part-000001", "part-000002"]
+    assert started.next_part == 3
+    assert ledger.find_staging(root) == started
+    names = [started.read(name)["image"].to_pylist() for name in [*started.kept, "thumbnails"]]
+    assert names == [["a"], ["b"], ["c"], ["t"]]
+    # The number after the last one, though there are fewer.
+    storage.delete(storage.join(root, "part-000001"))
+    found = ledger.find_staging(root)
+    assert found is not None
+    assert (found.kept, found.next_part) == (["part-000000", "part-000002"], 3)
+    stored = pa.BufferReader(storage.read_bytes(storage.join(root, "part-000000")))
+    assert pa.parquet.read_metadata(stored).row_group(0).column(0).compression == "ZSTD"
+
+
+def test_a_summary_is_kept_with_what_is_not_published(out: str) -> None:
+    root = ledger.staging_root(out, model_id=MODEL, images="in")
+    staging = ledger.start_staging(root, date="2026-11-01", found=None)
+    staging.keep_summary({"rows": 3, "ä": None})
+    assert staging.read_summary() == {"rows": 3, "ä": None}
+    assert storage.list_names(root) == ["run.json", "summary.json"]
+
+
+def test_nothing_of_the_staging_is_left(tmp_path: Path) -> None:
+    publish(str(tmp_path), "2026-11-01", made_rows("a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["date=2026-11-01"]
+
+
+def test_each_model_and_each_folder_of_photographs_has_its_staging(out: str) -> None:
+    pairs = [("a", "b"), ("b", "a"), ("a", "c"), ("ab", ""), ("", "ab")]
+    roots = {ledger.staging_root(out, model_id=model, images=images) for model, images in pairs}
+    assert len(roots) == len(pairs)
+    for root in roots:
+        assert root.startswith(storage.join(out, "_staging/"))
+        assert re.fullmatch("[0-9a-f]{16}", root.rpartition("/")[2])
+
+
+def test_finished_rows_that_nobody_wants_any_more_are_dropped(out: str) -> None:
+    root = ledger.staging_root(out, model_id=MODEL, images="in")
+    staging = ledger.start_staging(root, date="2026-11-01", found=None)
+    photographs = listed("a", "b", "c", "d")
+    todo = np.array([True, True, False, True])
+    assert ledger.adopt(staging, photographs, Difference(todo, 0)).tolist() == [False] * 4
+    for names in (["a", "b"], ["c"], ["d", "c", "x", "a"]):
+        staging.add(made_rows(*names))
+    done = ledger.adopt(staging, photographs, Difference(todo, 0))
+    assert done.tolist() == [True, True, False, True]
+    # The first part is untouched, the second has nothing left, of the third one row is.
+    assert staging.kept == ["part-000000", "part-000003"]
+    assert storage.list_names(root) == ["part-000000", "part-000003", "run.json"]
+    images = [staging.read(name)["image"].to_pylist() for name in staging.kept]
+    assert images == [["a", "b"], ["d"]]
