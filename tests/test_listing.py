@@ -287,6 +287,8 @@ def test_a_long_list_is_put_together_from_pieces(
     (tmp_path / "list.lst").write_text("\n".join(urls))
     table = listing.look(str(tmp_path / "list.lst")).photographs
     assert table["image"].to_pylist() == urls
+    pieces = [len(piece) for piece in table["image"].chunks]
+    assert pieces == [*[3] * (rows // 3), rows % 3]
     assert table.schema.equals(listing.SCHEMA)
 
 
