@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from leafnet import comparison
+from leafnet import comparison, metrics
 from leafnet.comparison import Check, Rule, Verdict
 
 NAMES = ("a", "b", "c")
@@ -162,7 +162,13 @@ def test_the_first_model_has_figures_and_floors_alone() -> None:
     assert verdict.checks[-1].candidate == pytest.approx(ece, rel=1e-5)
 
 
-@pytest.mark.parametrize(("floor", "outcome"), [(0.7, "better"), (0.7 + 1e-6, "worse")])
+# What a floor, margin or limit may be off by where it is the same number, and where it is not.
+SAME, OTHER = 5e-10, 2e-9
+
+
+@pytest.mark.parametrize(
+    ("floor", "outcome"), [(0.7, "better"), (0.7 + SAME, "better"), (0.7 + OTHER, "worse")]
+)
 def test_a_recall_on_its_floor_is_enough(floor: float, outcome: str) -> None:
     labels = np.zeros(10, np.int64)
     verdict = comparison.compare(
@@ -171,7 +177,10 @@ def test_a_recall_on_its_floor_is_enough(floor: float, outcome: str) -> None:
     assert verdict.outcome == outcome
 
 
-@pytest.mark.parametrize(("margin", "failed"), [(100.0, []), (99.9, ["lead [points]"])])
+@pytest.mark.parametrize(
+    ("margin", "failed"),
+    [(100.0, []), (100 - SAME, []), (100 - OTHER, ["lead [points]"]), (99.9, ["lead [points]"])],
+)
 def test_a_lead_on_the_margin_is_enough(margin: float, failed: list[str]) -> None:
     """Where one is right on all and the other on none, the interval is a single number."""
     right, wrong = of_classes(some("aaaa")), of_classes(some("bbbb"))
@@ -187,16 +196,19 @@ def test_a_lead_on_the_margin_is_enough(margin: float, failed: list[str]) -> Non
     assert other.outcome == "better"
 
 
-@pytest.mark.parametrize(("off", "failed"), [(0.0, []), (-1e-6, ["ECE"])])
+@pytest.mark.parametrize(("off", "failed"), [(0.0, []), (SAME, []), (OTHER, ["ECE"])])
 def test_a_calibration_error_on_its_limit_is_enough(off: float, failed: list[str]) -> None:
     labels, found = some("aabb"), some("aaba")
-    # Confident of 0.25, 0.25, 0.5 and of three right in four: 0.5 more than the champion's error.
-    even = np.log(np.array([[0.5, 0.25, 0.25]], np.float32))
-    candidate = np.stack([np.roll(even[0], label) for label in found])
-    champion = np.log(np.array([[0.75, 0.125, 0.125]], np.float32))
-    champion = np.stack([np.roll(champion[0], label) for label in found])
+    candidate, champion = of_classes(found, sure=0.0), of_classes(found, sure=1.0)
+    candidate[:, 0] += 1e-6  # of a third, where three of four are right; nothing is a tie
+    candidate[2, 1] += 2e-6
+    (mine, theirs) = (
+        metrics.scores(metrics.tally(each, labels), NAMES)["ece"] for each in (candidate, champion)
+    )
+    assert mine == pytest.approx(3 / 4 - 1 / 3, abs=1e-5)
+    assert theirs == pytest.approx(3 / 4 - np.e / (np.e + 2), abs=1e-5)
     verdict = comparison.compare(
-        candidate, champion, labels, class_names=NAMES, rule=rule(max_ece_rise=0.25 + off)
+        candidate, champion, labels, class_names=NAMES, rule=rule(max_ece_rise=mine - theirs - off)
     )
     assert names(verdict) == failed
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -55,3 +56,55 @@ def test_a_pool_holds_the_most_uncertain_and_the_most_novel(
         assert novelty[found].max(initial=-1, where=np.isfinite(novelty[found])) == np.nanmax(
             novelty
         )
+
+
+def test_the_margin_is_that_of_the_two_best() -> None:
+    probabilities = np.array([[0.125, 0.5, 0.375], [0.75, 0.25, 0.0], [0.25, 0.25, 0.5]])
+    found = selection.margin(np.asarray(probabilities, np.float32))
+    assert found.tolist() == [0.125, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("novelty", "size", "expected"),
+    [
+        ([9, 1, 2, 5, 7], 5, [1, 0, 2, 4, 3]),
+        ([9, 1, 2, 5, 7], 4, [1, 0, 2, 4]),
+        ([9, 1, 2, 5, 7], 1, [1]),
+        ([9, 1, 2, 5, 7], 0, []),
+        ([9, 1, 2, 5, 7], 99, [1, 0, 2, 4, 3]),
+        ([1, 9, 7, 5, 2], 3, [1, 2, 4]),  # the most novel is the most uncertain too
+        ([np.nan, 1, np.nan, 5, np.nan], 5, [1, 3, 2, 4, 0]),
+        ([2, np.nan, 2, 2, 2], 4, [1, 0, 2, 3]),  # ties go to the earlier
+        ([np.nan] * 5, 3, [1, 2, 4]),
+        (None, 3, [1, 2, 4]),
+    ],
+)
+def test_a_pool_by_hand(novelty: list[float] | None, size: int, expected: list[int]) -> None:
+    margins = np.array([0.9, 0.1, 0.5, 0.8, 0.5], np.float32)
+    given = None if novelty is None else np.array(novelty, np.float32)
+    assert selection.pool(margins, given, size).tolist() == expected
+
+
+def test_centres_by_hand() -> None:
+    """On a circle, at these degrees, with lengths that do not count."""
+    degrees = np.radians([0, 10, 90, 180, 250])
+    features = np.stack([np.cos(degrees), np.sin(degrees)], axis=1) * [[1], [9], [0.1], [3], [2]]
+    places, distances = selection.k_center(features, 4)
+    # 180 is opposite; then 90 is 90 from both, 250 is 70 from 180; 10 is 10 from 0.
+    assert places.tolist() == [0, 3, 2, 4]
+    chords = [2, 2 * np.sin(np.radians(45)), 2 * np.sin(np.radians(35))]
+    np.testing.assert_allclose(distances, [np.inf, *chords], rtol=1e-6)
+    assert selection.k_center(features, 1)[0].tolist() == [0]
+    assert selection.k_center(features, 9)[0].tolist() == [0, 3, 2, 4, 1]
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0.99e-4, [0]), (1.01e-4, [0, 1])])
+def test_what_is_closer_than_a_ten_thousandth_is_a_copy(apart: float, expected: list[int]) -> None:
+    features = np.array([[1.0, 0.0], [np.cos(apart), np.sin(apart)]])
+    assert selection.k_center(features, 2)[0].tolist() == expected
+
+
+def test_a_photograph_without_features_is_a_place_of_its_own() -> None:
+    places, distances = selection.k_center(np.array([[0.0, 0.0], [0.0, 1e-9], [3.0, 4.0]]), 3)
+    assert places.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(distances, [np.inf, 1, np.sqrt(0.6**2 + 0.2**2)], rtol=1e-6)
