@@ -489,3 +489,18 @@ def test_finished_rows_that_nobody_wants_any_more_are_dropped(out: str) -> None:
     assert storage.list_names(root) == ["part-000000", "part-000003", "run.json"]
     images = [staging.read(name)["image"].to_pylist() for name in staging.kept]
     assert images == [["a", "b"], ["d"]]
+
+
+def test_a_long_history_is_looked_up_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is that of the listing, however long the history."""
+    asked = []
+
+    def places(among: pa.ChunkedArray, table: pa.Table) -> ledger.Ints:
+        asked.append(table.num_rows)
+        return np.full(table.num_rows, -1)
+
+    monkeypatch.setattr(ledger, "places", places)
+    monkeypatch.setattr(ledger, "_LOOK_UP_ROWS", 4)
+    part = ledger.History("2026-11-01", listed("a", "b"), np.zeros(2, bool))
+    ledger.difference(listed("a"), [part] * 5, date="2026-11-02", retries=0)
+    assert asked == [4, 4, 2]

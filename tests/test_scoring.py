@@ -345,6 +345,8 @@ def read(row: dict[str, Any]) -> Any:
 def test_a_file_that_is_too_long_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = ("too-many-bytes", "the file has 512 MB")
+    assert read({"image": "/nowhere.jpg", "size": 512_000_001}) == expected
     monkeypatch.setattr(scoring, "_MAX_IMAGE_BYTES", 2_000_000)
     path = tmp_path / "a.jpg"
     path.write_bytes(b"x" * 2_000_000)
