@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from leafnet import prepare
 from leafnet.errors import UserError
@@ -503,3 +505,378 @@ def test_a_class_of_which_train_keeps_nothing() -> None:
 def test_number_labels_are_in_the_order_of_their_values() -> None:
     rows = [row(f"x/{i}.jpg", label=str(i % 11)) for i in range(110)]
     assert decide(rows).class_names == tuple(str(i) for i in range(11))
+
+
+# Shares, groups and shards by their definition
+
+
+def targets(count: int, groups: int | None = None, shares: Any = (80, 10, 10)) -> list[int]:
+    return prepare._targets(count, count if groups is None else groups, shares)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "expected"),
+    [
+        (0, (80, 10, 10), [0, 0, 0]),
+        (1, (80, 10, 10), [1, 0, 0]),
+        (2, (80, 10, 10), [2, 0, 0]),
+        (3, (80, 10, 10), [1, 1, 1]),
+        (4, (80, 10, 10), [2, 1, 1]),  # 3.2, 0.4, 0.4: each split has one of them first
+        (14, (80, 10, 10), [11, 2, 1]),  # 11.2, 1.4, 1.4: of equal remainders the earlier split
+        (16, (80, 10, 10), [13, 2, 1]),  # 12.8, 1.6, 1.6
+        (17, (80, 10, 10), [13, 2, 2]),  # 13.6, 1.7, 1.7
+        (25, (80, 10, 10), [20, 3, 2]),  # 20, 2.5, 2.5
+        (7, (50, 30, 20), [4, 2, 1]),  # 3.5, 2.1, 1.4
+        (10, (34, 33, 33), [4, 3, 3]),
+        (90, (80, 10, 0), [80, 10, 0]),  # of 90, since that is their sum
+        (9, (20, 40, 40), [2, 4, 3]),  # 1.8, 3.6, 3.6
+        (3, (90, 0, 10), [2, 0, 1]),
+    ],
+)
+def test_the_shares_of_a_class_are_by_largest_remainder(
+    count: int, shares: tuple[int, int, int], expected: list[int]
+) -> None:
+    assert targets(count, shares=shares) == expected
+
+
+def test_a_class_of_two_groups_is_for_training_first() -> None:
+    assert targets(30, groups=2) == [24, 3, 3]
+    assert targets(1, groups=1, shares=(20, 40, 40)) == [1, 0, 0]
+    assert targets(2, groups=2, shares=(20, 40, 40)) == [1, 0, 1]
+    assert targets(2, groups=2, shares=(10, 80, 10)) == [1, 1, 0]
+
+
+def test_the_rarest_class_chooses_its_groups_first() -> None:
+    """Three groups have both classes; the rare one has no others, and needs each in another."""
+    label = np.array([0] * 30 + [0, 1] * 3)
+    group = np.array([*range(30), 30, 30, 31, 31, 32, 32])
+    for seed in range(4):
+        split = prepare.stratify(label, group, (80, 10, 10), seed=seed)
+        assert sorted(split[label == 1].tolist()) == [0, 1, 2]
+
+
+def test_large_groups_leave_room_for_every_split() -> None:
+    """Groups of 8, 1, 1 and 1 of one class: the large one trains, whatever the seed."""
+    group = np.array([0] * 8 + [1, 2, 3])
+    for seed in range(6):
+        split = prepare.stratify(np.zeros(11, np.int64), group, (80, 10, 10), seed=seed)
+        assert split[:8].tolist() == [0] * 8
+        assert np.bincount(split, minlength=3).tolist() == [9, 1, 1]
+
+
+def test_groups_of_two_classes_go_where_more_is_missing_of_both() -> None:
+    label = np.array([0, 0, 0, 1] * 20)
+    group = np.repeat(np.arange(20), 4)
+    split = prepare.stratify(label, group, (80, 10, 10), seed=3)
+    assert np.bincount(split[label == 0]).tolist() == [48, 6, 6]
+    assert np.bincount(split[label == 1]).tolist() == [16, 2, 2]
+
+
+def test_nothing_is_divided_into_nothing() -> None:
+    none = np.empty(0, np.int64)
+    assert prepare.stratify(none, none, (80, 10, 10), seed=0).tolist() == []
+
+
+def test_which_photographs_are_held_out_depends_on_the_seed() -> None:
+    label, group = np.zeros(100, np.int64), np.arange(100)
+    first, again, other = (
+        prepare.stratify(label, group, (80, 10, 10), seed=seed).tolist() for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert first != other
+    rows = rows_of({"a": 100, "b": 100})
+    held_out = [
+        {
+            key
+            for key, split in split_of(rows, decide(rows, POLICY._replace(seed=seed))).items()
+            if split != "train"
+        }
+        for seed in (0, 1)
+    ]
+    assert held_out[0] != held_out[1]
+
+
+def test_a_group_is_what_the_first_parentheses_match() -> None:
+    """Not the whole match: each photograph of a plant has a number of its own in it."""
+    keys = ["a/p1_1.jpg", "a/p1_2.jpg", "b/p2_1.jpg", "b/p1_9.jpg", "b/other.jpg", "b/other2.jpg"]
+    group, notes = prepare._named_groups(keys, r"p(\d)_(\d)")
+    assert group is not None
+    assert group.tolist() == [0, 0, 1, 0, 2, 3]
+    assert notes[0] == "--group makes 2 groups of 4 photographs"
+    assert notes[1] == "warning: --group does not match 2 keys; each stands alone"
+    without, _ = prepare._named_groups(keys, r"p\d")
+    assert without is not None
+    assert without.tolist() == [0, 0, 1, 0, 2, 3]
+    assert prepare._named_groups(keys, None) == (None, [])
+    assert len(prepare._named_groups(keys[:4], r"p(\d)")[1]) == 1
+
+
+def test_a_key_like_the_name_of_a_group_is_not_in_it() -> None:
+    group, _ = prepare._named_groups(["x", "a/x1", "b/x2"], r"/(x)\d")
+    assert group is not None
+    assert group.tolist() == [0, 1, 1]
+
+
+def test_photographs_of_one_plant_are_in_one_split() -> None:
+    rows = [row(f"{c}/plant{i // 4}_{i}.jpg") for c in "ab" for i in range(80)]
+    for seed in range(3):
+        plan = decide(rows, POLICY._replace(group=r"plant(\d+)_(\d+)", seed=seed))
+        splits: dict[str, set[str]] = {}
+        for key, split in split_of(rows, plan).items():
+            splits.setdefault(key.split("plant")[1].split("_")[0], set()).add(split)
+        assert {len(found) for found in splits.values()} == {1}
+        assert "--group makes 20 groups of 160 photographs" in plan.notes
+
+
+def test_no_group_is_a_good_group_pattern() -> None:
+    prepare.check_group(None)
+    prepare.check_group(r"plant(\d+)")
+
+
+def test_groups_in_one_split_of_the_source_are_no_cause_for_a_warning() -> None:
+    group, split = np.array([0, 0, 1, 1, 2]), np.array([0, 0, 2, 1, 2])
+    assert prepare._crossing_note(group, split) == [
+        "warning: 1 groups of --group are in more than one split of the source"
+    ]
+    assert prepare._crossing_note(group, np.array([0, 0, 2, 2, 1])) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_hangs_together_is_what_scipy_finds(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    a, b = draw.integers(0, 60, (2, 40))
+    matrix = coo_array((np.ones(40), (a, b)), shape=(60, 60))
+    _, of = connected_components(matrix, directed=False)
+    lowest = [int(np.flatnonzero(of == of[place])[0]) for place in range(60)]
+    assert prepare.components(60, a, b).tolist() == lowest
+
+
+def test_what_a_source_lacks_is_its_share_of_the_shares_that_are_left() -> None:
+    """Valid stays, test has 15 of 75 + 15: of 45 photographs 7.5, and of halves train gets it."""
+    rows = [row(f"train/{name}/{i}.jpg", split="train") for name in "ab" for i in range(45)]
+    rows += [row(f"valid/{name}/{i}.jpg", split="valid") for name in "ab" for i in range(3)]
+    plan = decide(rows, POLICY._replace(shares=(75, 10, 15)), has_splits=True)
+    assert [plan.counts[split] for split in ("train", "valid", "test")] == [
+        {"a": 38, "b": 38},
+        {"a": 3, "b": 3},
+        {"a": 7, "b": 7},
+    ]
+    assert plan.notes == ("the source has no test split: 14 photographs of train become it",)
+
+
+def test_splits_that_are_given_stay_as_they_are() -> None:
+    rows = given_splits()
+    plan = decide(rows, has_splits=True)
+    assert split_of(rows, plan) == {r["key"]: r["split"] for r in rows}
+    assert plan.notes == ()
+
+
+def test_the_splits_of_a_source_that_has_none_are_not_looked_at() -> None:
+    rows = rows_of({"a": 20, "b": 20})
+    assert decide(rows).notes == ()
+    assert decide(rows).counts["train"] == {"a": 16, "b": 16}
+
+
+def test_classes_that_a_split_lacks_are_named() -> None:
+    rows = given_splits(train=["c/1.jpg", "d/1.jpg"], test=["c/1.jpg"])
+    assert decide(rows, has_splits=True).notes == (
+        "warning: valid has no example of c, d",
+        "warning: test has no example of d",
+    )
+    nothing = decide(rows_of({"a": 9, "b": 9}), POLICY._replace(shares=(100, 0, 0)))
+    assert nothing.notes == ()
+
+
+def test_shards_have_like_sizes_and_each_photograph_lies_by_its_middle() -> None:
+    # 100 bytes in two shards of 50: the middles are at 20, 45, 55, 80.
+    assert prepare._cut(np.array([40, 10, 10, 40]), 50).tolist() == [2, 2]
+    assert prepare._cut(np.array([60, 20, 20]), 50).tolist() == [1, 2]  # at 30, 70, 90
+    assert prepare._cut(np.array([20, 20, 60]), 50).tolist() == [2, 1]  # at 10, 30, 70
+    assert prepare._cut(np.array([5, 5, 5]), 1000).tolist() == [3]
+    assert prepare._cut(np.array([700]), 10).tolist() == [1]  # a photograph is never cut
+    assert prepare._cut(np.full(12, 100), 300).tolist() == [3, 3, 3, 3]
+    assert prepare._cut(np.full(7, 100), 300).tolist() == [3, 4]  # 2.33 are 2
+    assert prepare._cut(np.full(8, 100), 300).tolist() == [3, 2, 3]  # 2.67 are 3
+
+
+def test_places_follow_the_shards_of_each_split() -> None:
+    rows = [r | {"bytes": 100 + 50 * (i % 5)} for i, r in enumerate(rows_of({"a": 60, "b": 40}))]
+    plan = decide(rows, POLICY._replace(shard_bytes=4000))
+    size = {10 * i: r["bytes"] for i, r in enumerate(rows)}
+    order = np.argsort(plan.rows["place"])
+    sizes = [size[number] for number in plan.rows["number"][order].tolist()]
+    ends = np.cumsum(plan.shard_rows)
+    of_shard = [sum(sizes[end - n : end]) for end, n in zip(ends, plan.shard_rows, strict=True)]
+    assert plan.shard_names == (
+        *(f"train-0000{i}.parquet" for i in range(4)),
+        "valid-00000.parquet",
+        "test-00000.parquet",
+    )
+    assert sum(of_shard) == sum(size.values())
+    assert all(abs(total - sum(of_shard[:4]) / 4) <= 300 for total in of_shard[:4])
+    assert [int(n) for n in plan.shard_rows[4:]] == [10, 10]
+
+
+def test_class_numbers_are_numbers_only_where_all_are() -> None:
+    assert prepare.sort_names(["10", "9", "2"]) == ["2", "9", "10"]
+    assert prepare.sort_names(["10", "9", "2", "a"]) == ["10", "2", "9", "a"]
+    assert prepare.sort_names(["rust", "healthy"]) == ["healthy", "rust"]
+
+
+def test_the_refusals_count_what_they_speak_of() -> None:
+    rows = [r | {"reason": "empty"} for r in rows_of({"a": 2, "b": 1})]
+    rows[0]["reason"] = "corrupt"
+    with pytest.raises(UserError, match=r"none of the 3 .*: 1 corrupt, 2 empty"):
+        decide(rows)
+    rows = alike(rows_of({"a": 9, "b": 2, "c": 5}), "twin", "a/0000.jpg", "b/0000.jpg")
+    rows = alike(rows, "other", "a/0001.jpg", "b/0001.jpg")
+    with pytest.raises(UserError, match=r"class b of here .* \(2 readable\)"):
+        decide(rows)
+
+
+def test_a_class_whose_split_is_only_test_has_nothing_to_train_on() -> None:
+    rows = [*given_splits(), row("test/z/1.jpg", split="test")]
+    with pytest.raises(UserError, match="class z of here has no training example") as caught:
+        decide(rows, has_splits=True)
+    assert caught.value.reason == "class-without-training"
+
+
+def test_the_settings_as_the_pages_give_them() -> None:
+    policy = Policy(shares=(80, 10, 10))
+    assert (policy.drop_exact, policy.drop_near, policy.near_distance) == (True, False, 3)
+    assert (policy.group, policy.shard_bytes, policy.seed) == (None, 64_000_000, 0)
+
+
+# What is alike, against a comparison of each with each
+
+
+@pytest.mark.parametrize("distance", range(4))
+def test_hashes_at_the_distance_are_near_and_those_one_bit_further_are_not(distance: int) -> None:
+    """Bits from each band, and several of one band."""
+    for bits in ([0, 16, 32, 48], [15, 31, 47, 63], [1, 2, 3, 4], [60, 61, 62, 63], [0, 1, 62, 63]):
+        near = sum(1 << bit for bit in bits[:distance])
+        far = sum(1 << bit for bit in bits[: distance + 1])
+        expected = [(0, near)] if distance else []
+        assert found_pairs([0, near, 0], distance) == expected
+        assert found_pairs([0, far], distance) == []
+
+
+def test_a_distance_that_the_bands_do_not_cover_is_refused() -> None:
+    for distance in (-1, 4):
+        with pytest.raises(ValueError, match=f"need 0 <= distance < 4, got {distance}"):
+            prepare.near_pairs(np.array([1, 2], np.uint64), distance)
+
+
+def test_as_many_near_pairs_as_are_allowed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = np.array([0, 1, 2, 4], np.uint64)  # six pairs, at 1 or 2 bits
+    monkeypatch.setattr(prepare, "_MAX_PAIRS", 6)
+    assert prepare.near_pairs(hashes, 3).a.size == 6
+    monkeypatch.setattr(prepare, "_MAX_PAIRS", 5)
+    with pytest.raises(UserError):
+        prepare.near_pairs(hashes, 3)
+
+
+def mixed_rows(seed: int) -> list[Row]:
+    """Few pictures and few hashes, in three splits and under two labels."""
+    draw = np.random.default_rng(seed)
+    hashes = [0, 0b1, 0b111, 0b1111000, 1 << 40, 0b11 << 40]
+    rows = given_splits()
+    for i in range(24):
+        split, label = draw.choice(["train", "valid", "test"]), draw.choice(["a", "b"])
+        picture = int(draw.integers(0, 12))
+        row_of_picture = {"pixels_sha256": f"p{picture}", "perceptual_hash": hashes[picture % 6]}
+        rows.append(row(f"{split}/{label}/x{i:02d}.jpg", split=str(split)) | row_of_picture)
+    return rows
+
+
+def dropped_by_rule(rows: list[Row], like: list[set[int]]) -> tuple[set[int], set[int]]:
+    """Places that two labels cost, and a higher split; `like` are those that each is like."""
+    rank = {"train": 0, "valid": 1, "test": 2}
+    label = {i for i, r in enumerate(rows) if {rows[j]["label"] for j in like[i]} != {r["label"]}}
+    gone: set[int] = set()
+    for split in ("valid", "train"):
+        gone |= {
+            i
+            for i, r in enumerate(rows)
+            if r["split"] == split
+            and i not in label
+            and any(rank[rows[j]["split"]] > rank[split] for j in like[i] - label - gone)
+        }
+    return label, gone
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_dropped_is_what_the_rules_say(seed: int) -> None:
+    rows = mixed_rows(seed)
+    plan = decide(rows, POLICY, has_splits=True)
+    every = range(len(rows))
+    same = [
+        {j for j in every if rows[j]["pixels_sha256"] == rows[i]["pixels_sha256"]} for i in every
+    ]
+    label, gone = dropped_by_rule(rows, same)
+    kept = {rows[i]["key"] for i in every if i not in label | gone}
+    assert set(split_of(rows, plan)) == kept
+    assert plan.dropped == {"other-label": len(label), "other-split": len(gone)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_near_ones_that_are_dropped_are_what_the_rules_say(seed: int) -> None:
+    rows = mixed_rows(seed)
+    policy = POLICY._replace(drop_exact=False, drop_near=True, near_distance=2)
+    plan = decide(rows, policy, has_splits=True)
+    every = range(len(rows))
+    bits = [[(a["perceptual_hash"] ^ b["perceptual_hash"]).bit_count() for b in rows] for a in rows]
+    near = [{j for j in every if bits[i][j] <= 2} for i in every]
+    label, gone = dropped_by_rule(rows, near)
+    assert set(split_of(rows, plan)) == {rows[i]["key"] for i in every if i not in label | gone}
+    assert plan.dropped == {"other-label": len(label), "other-split": len(gone)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pairs_that_are_told_are_pairs_and_none_is_missing(seed: int) -> None:
+    """A star for each set of copies; of near pictures each combination of split and label."""
+    rows = mixed_rows(seed)
+    plan = decide(rows, POLICY._replace(drop_exact=False), has_splits=True)
+    by_key = {r["key"]: r for r in rows}
+    copies = Counter(r["pixels_sha256"] for r in rows)
+    told = plan.duplicates.to_pylist()
+    exact = [pair for pair in told if pair["kind"] == "exact"]
+    assert len(exact) == sum(n - 1 for n in copies.values())
+    met: set[frozenset[Any]] = set()
+    for pair in told:
+        a, b = by_key[pair["key_a"]], by_key[pair["key_b"]]
+        distance = (a["perceptual_hash"] ^ b["perceptual_hash"]).bit_count()
+        assert (pair["split_a"], pair["label_a"]) == (a["split"], a["label"])
+        assert (pair["split_b"], pair["label_b"]) == (b["split"], b["label"])
+        assert (pair["kind"] == "exact") == (a["pixels_sha256"] == b["pixels_sha256"])
+        assert pair["distance"] == distance <= 3
+        assert pair["key_a"] != pair["key_b"]
+        assert not pair["dropped_a"]
+        assert not pair["dropped_b"]
+        if pair["kind"] == "near":
+            met.add(frozenset((r["split"], r["label"], r["perceptual_hash"]) for r in (a, b)))
+    wanted = {
+        frozenset((r["split"], r["label"], r["perceptual_hash"]) for r in (a, b))
+        for a, b in itertools.combinations(rows, 2)
+        if a["pixels_sha256"] != b["pixels_sha256"]
+        and 1 <= (a["perceptual_hash"] ^ b["perceptual_hash"]).bit_count() <= 3
+    }
+    assert wanted <= met
+    crossing = [(p["split_a"], p["label_a"]) != (p["split_b"], p["label_b"]) for p in told]
+    assert crossing == sorted(crossing, reverse=True)
+    pairs = [frozenset((pair["key_a"], pair["key_b"])) for pair in told]
+    assert len(pairs) == len(set(pairs))
+
+
+def test_only_so_many_pairs_are_told_and_those_across_borders_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepare, "_MAX_REPORTED", 2)
+    rows = given_splits(train=["a/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg"], test=["a/1.jpg"])
+    keys = [f"train/a/{i}.jpg" for i in (1, 2, 3, 4)]
+    rows = alike(rows, "twin", *keys, "test/a/1.jpg")
+    plan = decide(rows, POLICY._replace(drop_exact=False), has_splits=True)
+    assert plan.duplicates.num_rows == 2
+    assert plan.notes == ("2 more pairs of duplicates are not listed",)
+    monkeypatch.setattr(prepare, "_MAX_REPORTED", 4)
+    assert decide(rows, POLICY._replace(drop_exact=False), has_splits=True).notes == ()
