@@ -1,8 +1,10 @@
 """Models by name, on local disk and in object storage."""
 
+import hashlib
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,143 @@ def roll_back(root: str) -> str:
         comparison={},
     )
     return str(registry.resolve(f"{root}/champion"))
+
+
+def test_what_is_written_of_a_decision(tmp_path: Path) -> None:
+    root, comparison = str(tmp_path / "registry"), {"gain": 0.25}
+    named = {"model_id": "a", "digest": registry.add(root, *model(tmp_path, "a"))}
+    began = datetime.now(UTC).replace(microsecond=0)
+    registry.decide(root, registry.PROMOTED, candidate="a", champion=named, comparison=comparison)
+    history = tmp_path / "registry/history"
+    decided = json.loads((history / "00000001.json").read_text())
+    at = datetime.fromisoformat(decided["at"])
+    assert began <= at <= datetime.now(UTC)
+    assert decided["at"] == at.strftime("%Y-%m-%dT%H:%M:%S+00:00")
+    assert decided == {
+        **{"version": 1, "number": 1, "at": decided["at"], "action": "promoted"},
+        **{"candidate": "a", "before": None, "champion": named, "comparison": {"gain": 0.25}},
+    }
+    copied = (tmp_path / "registry/models/a/model.json").read_bytes()
+    assert json.loads((tmp_path / "registry/champion.json").read_text()) == {
+        **{"version": 1, "model_id": "a", "digest": hashlib.sha256(copied).hexdigest()},
+        **{"since": decided["at"], "decision": 1, "by": "history/00000001.json"},
+    }
+    assert registry.champion(root) == registry.Champion("a", named["digest"], decided["at"], 1)
+    registry.decide(root, registry.KEPT, candidate="b", champion=None, comparison={})
+    second = registry.decisions(root)[1]
+    assert (second.number, second.action, second.before, second.champion) == (2, "kept", "a", None)
+    # A line for each value, for who reads it.
+    assert '\n  "number": 2,\n' in (history / "00000002.json").read_text()
+
+
+def test_only_a_change_changes_the_alias(tmp_path: Path) -> None:
+    root = str(tmp_path / "registry")
+    promote(root, tmp_path, "a")
+    before = (tmp_path / "registry/champion.json").read_bytes()
+    for action in (registry.KEPT, registry.REFUSED):
+        registry.decide(root, action, candidate="b", champion=None, comparison={})
+        registry.settle(root)
+        assert (tmp_path / "registry/champion.json").read_bytes() == before
+    with pytest.raises(ValueError, match="decision 4 is promoted and names no champion"):
+        registry.decide(root, registry.PROMOTED, candidate="b", champion=None, comparison={})
+
+
+def test_a_decision_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    nan = {"gain": float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        registry.decide(str(tmp_path), registry.KEPT, candidate="b", champion=None, comparison=nan)
+    assert registry.decisions(str(tmp_path)) == []
+
+
+def test_who_comes_second_is_told_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path / "registry")
+    promote(root, tmp_path, "a")
+    named = {"model_id": "b", "digest": registry.add(root, *model(tmp_path, "b"))}
+    monkeypatch.setattr(registry, "_history", lambda registry: [])  # as it was listed before
+    with pytest.raises(UserError, match="run the same command again") as caught:
+        registry.decide(root, registry.PROMOTED, candidate="b", champion=named, comparison={})
+    assert (caught.value.reason, caught.value.exit_code) == ("registry-changed", 3)
+    assert registry.resolve(f"{root}/champion") == f"{root}/models/a"
+
+
+def test_numbers_go_on_after_the_last(tmp_path: Path) -> None:
+    """Whatever else lies beside the history, or was deleted from it."""
+    root = str(tmp_path)
+    for _ in range(2):
+        registry.decide(root, registry.KEPT, candidate="b", champion=None, comparison={})
+    (tmp_path / "history/00000001.json").rename(tmp_path / "history/00000009.json")
+    for name in ("00000099.json.tmp", "notes.json", "zzz"):
+        (tmp_path / "history" / name).write_text("{}")
+    assert [decision.number for decision in registry.decisions(root)] == [2, 1]
+    made = registry.decide(root, registry.KEPT, candidate="b", champion=None, comparison={})
+    assert made.number == 10
+
+
+def test_settling_what_is_settled_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path / "registry")
+    registry.settle(root)
+    assert registry.champion(root) is None
+    promote(root, tmp_path, "a")
+    promote(root, tmp_path, "b")
+    monkeypatch.setattr(storage, "write_json", None)
+    registry.settle(root)
+    (tmp_path / "registry/history/00000002.json").unlink()  # the alias is of a later decision
+    registry.settle(root)
+
+
+def test_a_promotion_of_a_champion_that_is_not_named_is_not_gone_back_to(tmp_path: Path) -> None:
+    root = str(tmp_path / "registry")
+    promote(root, tmp_path, "a")
+    promote(root, tmp_path, "b")
+    path = tmp_path / "registry/history/00000001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"champion": None}))
+    assert registry.previous(root) is None
+
+
+def test_only_the_alias_is_resolved(tmp_path: Path) -> None:
+    root = str(tmp_path / "registry")
+    promote(root, tmp_path, "a")
+    assert registry.resolve(f"{root}/challenger") is None
+    assert registry.resolve(f"{root}/models/a") is None
+
+
+def test_a_copy_has_the_files_and_the_card(tmp_path: Path) -> None:
+    root = str(tmp_path / "registry")
+    url, description = model(tmp_path, "a")
+    (tmp_path / "a/MODEL_CARD.md").write_text("a card")
+    (tmp_path / "a/notes.txt").write_text("notes")
+    description |= {"told": {"file": "notes.txt"}}  # a file without its sha256 is none of it
+    digest = registry.add(root, url, description)
+    copy = tmp_path / "registry/models/a"
+    assert {path.name: path.read_text() for path in copy.iterdir() if path.suffix != ".json"} == {
+        **{"a.weights.h5": "a", "a.int8.xml": "a", "MODEL_CARD.md": "a card"},
+    }
+    assert json.loads((copy / "model.json").read_text()) == description
+    assert hashlib.sha256((copy / "model.json").read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("file", "document", "reason", "message"),
+    [
+        ("champion.json", "[]", "other-version", "has version None, this leafnet reads 1"),
+        ("champion.json", '{"version": 2}', "other-version", "has version 2"),
+        ("history/00000001.json", '{"version": 2}', "other-version", "has version 2"),
+        ("history/00000001.json", '{"version": 1}', "bad-registry", "has no 'number'"),
+    ],
+)
+def test_what_another_program_wrote_is_refused(
+    tmp_path: Path, file: str, document: str, reason: str, message: str
+) -> None:
+    root = str(tmp_path / "registry")
+    promote(root, tmp_path, "a")
+    (tmp_path / "registry" / file).write_text(document)
+    with pytest.raises(UserError, match=message) as caught:
+        registry.settle(root)
+    assert caught.value.reason == reason
 
 
 def test_an_alias_and_its_history(root: str, tmp_path: Path) -> None:
