@@ -166,7 +166,9 @@ def test_workers_are_a_number_or_a_range(given: str) -> None:
     assert settings.workers == (int(given) if given.isdecimal() else given)
 
 
-@pytest.mark.parametrize("given", ["0", "4..1", "0..2", "1..", "..", "many", "-1"])
+@pytest.mark.parametrize(
+    "given", ["0", "4..1", "0..2", "1..", "..3", "..", "x..3", "3..x", "many", "-1"]
+)
 def test_impossible_workers_are_refused(given: str) -> None:
     with pytest.raises(UserError, match=r"--workers cannot be .* a range such as 1\.\.4"):
         parse(["--shards", "s", "--name", "n", f"--workers={given}"])
@@ -689,6 +691,7 @@ def test_flags_that_are_no_settings_are_passed_over() -> None:
         ("--confg=a.yaml", "there is no flag --confg; did you mean --config?"),
         ("--verbos", "there is no flag --verbos; did you mean --verbose?"),
         ("--zzzzzz", "there is no flag --zzzzzz; see --help for all"),
+        ("--drop", "there is no flag --drop; did you mean --head.dropout?"),
         ("--gb", "there is no flag --gb; see --help for all"),
         ("--a.keep", "there is no flag --a.keep; did you mean --checkpoint.keep?"),
         ("--zzzzzzzz.max_gb", "there is no flag --zzzzzzzz.max_gb; did you mean --cache.max_gb?"),
