@@ -109,3 +109,109 @@ def test_what_is_no_answer(name: str, text: str | None, message: str, tmp_path: 
         (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         labelstudio.read_answers(str(tmp_path / name))
+
+
+def test_a_task_holds_the_label_of_the_model() -> None:
+    assert task("1.jpg") == {
+        "data": {
+            "image": "/data/local-files/?d=review/photographs/1.jpg",
+            "key": "1.jpg",
+            "folder": "/data/review",
+            "source": "s3://field/1.jpg",
+            "why": "rust 0.41",
+        },
+        "predictions": [
+            {
+                "model_version": "0123",
+                "score": 0.41,
+                "result": [
+                    {
+                        "from_name": "label",
+                        "to_name": "image",
+                        "type": "choices",
+                        "value": {"choices": ["rust"]},
+                    }
+                ],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("annotations", "answer"),
+    [
+        # Two who are right against one, and both of them cancelled.
+        (
+            [
+                annotation("a"),
+                annotation("b", ground_truth=True),
+                annotation("c", ground_truth=True, was_cancelled=True),
+            ],
+            Answer("1.jpg", "b"),
+        ),
+        (
+            [annotation("b", ground_truth=True), annotation("a", ground_truth=True)],
+            Answer("1.jpg", None, "people disagree: a or b"),
+        ),
+        # Who said nothing does not disagree.
+        ([annotation(), annotation("a")], Answer("1.jpg", "a")),
+        ([{"id": 1}], Answer("1.jpg", None)),
+        ([annotation("a"), annotation("b", "c")], Answer("1.jpg", None, "several labels")),
+    ],
+)
+def test_whose_answer_counts(annotations: list[Any], answer: Answer, tmp_path: Path) -> None:
+    entry = {**task("1.jpg"), "annotations": annotations}
+    assert exported(tmp_path / "export.json", [entry]).answers == (answer,)
+
+
+def test_only_choices_of_the_label_count(tmp_path: Path) -> None:
+    def result(**changes: Any) -> dict[str, Any]:
+        return {"type": "choices", "from_name": "label", "value": {"choices": ["rust"]}} | changes
+
+    results = [
+        result(type="textarea", value={"text": ["ok"]}),
+        result(type="textarea", value={"choices": ["ok"]}),
+        result(from_name="quality", value={"choices": ["blurred"]}),
+        result(value={}),
+        {"type": "choices", "value": {"choices": ["rust"]}},
+    ]
+    entry = {**task("1.jpg"), "annotations": [{"result": results}]}
+    assert exported(tmp_path / "export.json", [entry]).answers == (Answer("1.jpg", "rust"),)
+
+
+def test_which_photograph_and_which_folder(tmp_path: Path) -> None:
+    entries = [
+        {"data": {"image": "s3://b/photographs/a%20%C3%A4.jpg"}, "annotations": []},
+        {"data": {"key": "b.jpg", "image": "c.jpg", "folder": "/first"}, "annotations": []},
+        {"key": "d.jpg", "folder": "/second", "label": "  "},
+        {"label": None},
+    ]
+    found = exported(tmp_path / "EXPORT.JSON", entries)
+    assert [answer.key for answer in found.answers] == ["a ä.jpg", "b.jpg", "d.jpg", ""]
+    assert {(answer.label, answer.trouble) for answer in found.answers} == {(None, None)}
+    assert found.folder == "/first"
+
+
+def test_no_answers_at_all(tmp_path: Path) -> None:
+    assert exported(tmp_path / "a.json", []) == ((), None)
+    (tmp_path / "a.CSV").write_text("key,label\n")
+    assert labelstudio.read_answers(str(tmp_path / "a.CSV")) == ((), None)
+    (tmp_path / "b.csv").write_text("label,key\nrust\n,a.jpg\n")
+    found = labelstudio.read_answers(str(tmp_path / "b.csv"))
+    assert found.answers == (Answer("", "rust"), Answer("a.jpg", None))
+
+
+@pytest.mark.parametrize("text", ["3", '"a"', "[3]", '[{"key": "a"}, 3]', "null"])
+def test_a_document_that_is_no_list_of_tasks(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="is no list of tasks; export the project") as caught:
+        labelstudio.read_answers(str(tmp_path / "a.json"))
+    assert caught.value.reason == "bad-answers"
+
+
+@pytest.mark.parametrize("header", ["key,class", "file,label"])
+def test_both_columns_are_needed(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\na,b\n")
+    with pytest.raises(UserError, match="needed are key and label") as caught:
+        labelstudio.read_answers(str(tmp_path / "a.csv"))
+    assert caught.value.reason == "bad-answers"
