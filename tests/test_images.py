@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pillow_heif
 import pytest
+import scipy.fft
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
 
 from leafnet import images
@@ -853,3 +854,229 @@ def test_damage_inside_exif_never_costs_the_picture(data: st.DataObject) -> None
     for place in data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=12)):
         damaged[start + place] = data.draw(st.integers(0, 255))
     assert decode(bytes(damaged), 16).pixels.shape == (16, 16, 3)
+
+
+# --- right by definition, or by another library
+
+
+@pytest.mark.parametrize("band", [1, 3000, 1 << 20])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(97, 131, 16), (64, 64, 16), (63, 65, 16), (300, 40, 7), (50, 211, 1), (20, 30, 25)],
+)
+def test_the_resize_is_pillow_s(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, size: int, band: int
+) -> None:
+    """Box filter by whole factors to at least twice the size, then a triangle filter."""
+    pixels = photograph(height, width)
+    monkeypatch.setattr(images, "_BAND_PIXELS", band)
+    whole = Image.fromarray(pixels)
+    expected = whole.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    np.testing.assert_array_equal(decode(encode(pixels, "PNG"), size).pixels, np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_bands_of_turned_pictures_are_the_right_ones(
+    monkeypatch: pytest.MonkeyPatch, orientation: int
+) -> None:
+    upright = photograph(45, 70)
+    stored = np.ascontiguousarray(STORED[orientation](upright))
+    data = encode(stored, "PNG", exif=orientation_tag(orientation))
+    monkeypatch.setattr(images, "_BAND_PIXELS", 140)  # two rows of 70
+    expected = hashlib.sha256(struct.pack("<II", 70, 45) + upright.tobytes()).hexdigest()
+    assert fingerprint(data).pixels_sha256 == expected
+    small = Image.fromarray(upright).resize((8, 8), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    np.testing.assert_array_equal(decode(data, 8).pixels, np.asarray(small))
+
+
+def test_the_perceptual_hash_is_of_the_low_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 x 32 grey levels the 8 x 8 lowest of the cosine transform, each above the median."""
+    pixels = photograph(120, 90, seed=3)
+    grey = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    low = scipy.fft.dctn(np.asarray(grey, float), type=2)[:8, :8]
+    bits = "".join("01"[int(above)] for above in (low > np.median(low)).ravel())
+    monkeypatch.setattr(images, "_BAND_PIXELS", 1000)
+    assert fingerprint(encode(pixels, "PNG")).perceptual_hash == int(bits, 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "letter", "expected"),
+    [
+        ((52, 30, 36), "N", 52 + 1836 / 3600),
+        ((0, 0, 3.6), "N", 0.001),
+        ((0, 6, 0), "S", -0.1),
+        ((10, 0, 0), " s\0", -10.0),
+        ((-1, 0, 0), "N", None),
+        ((1, -30, 0), "N", None),
+        ((1, 0, -9), "N", None),
+        ((float("inf"), 0, 0), "N", None),
+        ((1, 0), "N", None),
+        ((1, 0, 0), "E", None),
+        ((1, 0, 0), None, None),
+        (None, "N", None),
+    ],
+)
+def test_degrees_are_whole_ones_sixtieths_and_their_sixtieths(
+    parts: object, letter: object, expected: float | None
+) -> None:
+    assert images._degrees(parts, letter, "NS") == (
+        None if expected is None else pytest.approx(expected, abs=1e-12)
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        (place(north=(90.0, 0.0, 0.0)), (90.0, 13.25)),
+        (place(north=(90.0, 0.0, 1.0)), (None, None)),
+        (place(east=(180.0, 0.0, 0.0), east_ref="W"), (52.51, -180.0)),
+        (place(east=(180.0, 0.0, 1.0), east_ref="W"), (None, None)),
+        (place(north=(0.0, 0.0, 0.0)), (0.0, 13.25)),  # on the equator
+        (place(east=(0.0, 0.0, 0.0)), (52.51, 0.0)),  # at Greenwich
+        (place(north=(1.0, 0.0, 0.0), east=(1.0, 0.0, 0.0)), (1.0, 1.0)),
+        (place(north=(0.0, 0.0, 0.0), east=(0.0, 0.0, 0.0)), (None, None)),
+        (place(east=None), (None, None)),
+    ],
+)
+def test_places_at_the_edges_of_the_globe(
+    position: dict[int, Any], expected: tuple[float | None, float | None]
+) -> None:
+    photo = decode(with_exif(position), 16)
+    found = (photo.latitude, photo.longitude)
+    assert found == tuple(None if each is None else pytest.approx(each) for each in expected)
+
+
+@pytest.mark.parametrize("behind", ["", ".25", "+02:00", " Z"])
+def test_what_cameras_write_behind_a_time_is_left_out(behind: str) -> None:
+    assert decode(with_exif(original=f"2024:06:01 12:00:01{behind}"), 16).captured_at == NOON
+
+
+def test_the_limit_is_the_fingerprint_s_too() -> None:
+    data = encode(photograph(30, 40), "JPEG")
+    assert fingerprint(data, max_pixels=1200).height == 30
+    with pytest.raises(ImageError, match="40 x 30 = 1,200 pixels, more than the 1,199"):
+        fingerprint(data, max_pixels=1199)
+    assert images.MAX_PIXELS == 120_000_000
+
+
+def test_pillow_s_limit_is_raised_only_where_it_would_refuse_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It refuses above twice its number."""
+    for before, allowed, after in (
+        (1000, 500, 1000),
+        (1000, 2000, 1000),
+        (1000, 2001, 2001),
+        (None, 5000, None),
+    ):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+        images._raise_pillow_limit(allowed)
+        assert after == Image.MAX_IMAGE_PIXELS
+
+
+def test_warnings_of_others_are_still_heard() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decode(WARNS[0], 16)
+        warnings.warn("of the caller", stacklevel=1)
+        warnings.simplefilter("always")  # puts a filter in front of ours
+        decode(WARNS[0], 16)
+    assert [str(each.message) for each in caught] == ["of the caller"]
+
+
+def test_whole_numbers_of_16_bits_and_no_others() -> None:
+    def levels(*values: int) -> bytes:
+        return encode(np.array([values, values], np.int32), "TIFF")
+
+    assert decode(levels(0, 65_535), 2).pixels[0].tolist() == [[0] * 3, [255] * 3]
+    assert decode(levels(511, 512), 2).pixels[0].tolist() == [[1] * 3, [2] * 3]
+    for values in ((0, 65_536), (-1, 5), (-1, 65_536)):
+        with pytest.raises(ImageError, match="32-bit whole numbers") as caught:
+            decode(levels(*values), 2)
+        assert caught.value.reason == "unsupported"
+    wide = encode(np.array([[0, 65_535]] * 2, np.uint16), "PNG")
+    assert decode(wide, 2).pixels[0].tolist() == [[0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(("kind", "raw"), [(0, False), (1, True), (2, False), (3, True)])
+def test_a_tiff_is_a_raw_file_where_its_first_picture_is_a_small_one(kind: int, raw: bool) -> None:
+    """TIFF 6.0, NewSubfileType: bit 0 is a reduced picture, bit 1 a page of many."""
+    data = tiff_with(254, kind)
+    with Image.open(io.BytesIO(data)) as image:
+        assert images._is_raw(image) == raw
+
+
+def boxes(*sizes: int) -> bytes:
+    """Boxes of ISO media, each with its length in front."""
+    return b"".join(struct.pack(">I", size) + b"free" + bytes(size - 8) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "cut"),
+    [
+        (b"\xff\xd8 \xff\xda ... \xff\xd9", "JPEG", False),
+        (b"\xff\xd8 \xff\xda ... \xff", "JPEG", True),
+        (b"\xff\xd8 \xff\xd9", "JPEG", True),  # of a thumbnail, before the picture
+        (b"\xff\xd8 \xff\xd9 \xff\xda ...", "JPEG", True),
+        (b"\x89PNG ... IEND....", "PNG", False),
+        (b"\x89PNG ... IE", "PNG", True),
+        (b"GIF89a ...;", "GIF", False),
+        (b";IF89a ...", "GIF", True),
+        (b"RIFF" + struct.pack("<I", 12) + b"WEBP12345678", "WEBP", False),
+        (b"RIFF" + struct.pack("<I", 13) + b"WEBP12345678", "WEBP", True),
+        (b"RIFF" + struct.pack("<I", 11) + b"WEBP12345678", "WEBP", False),
+        (b"BM" + struct.pack("<I", 16) + bytes(10), "BMP", False),
+        (b"BM" + struct.pack("<I", 17) + bytes(10), "BMP", True),
+        (b"BM" + struct.pack("<I", 15) + bytes(10), "BMP", False),
+        (boxes(24, 8, 300), "HEIF", False),
+        (boxes(24, 8, 300)[:-1], "HEIF", True),
+        (boxes(24, 300), "AVIF", False),
+        (boxes(24, 300)[:30], "AVIF", True),
+        (boxes(24) + bytes(3), "AVIF", True),  # not even a length
+        (boxes(24) + struct.pack(">I", 0) + b"mdat...", "AVIF", False),  # to the end
+        (boxes(24) + struct.pack(">I", 1) + b"mdat" + bytes(9), "HEIF", False),  # of 64 bits
+        (b"II*\0", "TIFF", False),  # does not say where it ends
+    ],
+)
+def test_where_a_format_ends(data: bytes, kind: str, cut: bool) -> None:
+    assert images._is_cut_off(data, kind) == cut
+
+
+def test_why_a_picture_cannot_be_decoded_is_one_short_line() -> None:
+    whole = encode(photograph(16, 16), "PNG")
+    for error, reason in (
+        (EOFError(), "truncated"),
+        (OSError("image file is truncated (3 bytes not processed)"), "truncated"),
+        (ValueError("Unexpected END of data"), "truncated"),
+        (ValueError("odd"), "corrupt"),
+    ):
+        assert images._failure(whole, error).reason == reason
+    told = str(images._failure(whole, ValueError("a\n  b " + "c" * 300)))
+    assert told == "the PNG file is damaged: a b " + "c" * 196
+    assert str(images._failure(whole, KeyError())) == "the PNG file is damaged: KeyError"
+    header = images._failure(whole, UnidentifiedImageError("<_io.BytesIO object at 0x7f>"))
+    assert str(header) == "the PNG file is damaged: its header cannot be read"
+    assert str(images._failure(b"?", ValueError("x"))) == "the picture file is damaged: x"
+    assert str(images._failure(whole[:9], ValueError("x"))) == (
+        "the PNG file is cut off after 9 bytes: x"
+    )
+
+
+def test_a_kind_that_this_pillow_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_readable", lambda name: name not in ("WEBP", "AVIF"))
+    for kind in ("WEBP", "AVIF"):
+        with pytest.raises(ImageError, match=f"built without {kind}; convert") as caught:
+            decode(encode(photograph(64, 64), kind), 16)
+        assert caught.value.reason == "unsupported"
+
+
+def test_the_kind_is_told_from_the_first_bytes_alone() -> None:
+    comment = b"<!-- " + b"x" * 900 + b" -->"
+    assert images._kind(comment + b"<svg width='9'>") == "SVG"
+    assert images._kind(comment * 2 + b"<svg width='9'>") is None
+    assert images._kind(b" \xff\xd8\xff") is None
+
+
+def test_a_picture_of_one_pixel_is_the_mean() -> None:
+    pixels = np.array([[[0, 10, 20], [100, 50, 40]]], np.uint8)
+    assert decode(encode(pixels, "PNG"), 1).pixels.tolist() == [[[50, 30, 30]]]

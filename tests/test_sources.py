@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leafnet import errors, sources, terminal
+from leafnet import errors, sources, storage, terminal
 from leafnet.errors import UserError
 from leafnet.sources import Listing, Sample
 
@@ -626,7 +626,7 @@ def test_a_store_that_cannot_be_reached_says_nothing_of_a_photograph(
         def fail(url: str) -> bytes:
             raise error
 
-        monkeypatch.setattr(sources.storage, "read_bytes", fail)
+        monkeypatch.setattr(storage, "read_bytes", fail)
         (sample,) = sources.read_samples("folders", item, ())
         return sample
 
