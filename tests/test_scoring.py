@@ -570,3 +570,13 @@ def test_columns_of_the_predictions() -> None:
         b"decoder_version": str(DECODER_VERSION).encode(),
         b"leafnet": leafnet.__version__.encode(),
     }
+
+
+def test_another_process_decodes_only_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart() -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(scoring, "Apart", apart)
+    assert len(decode(write_all(tmp_path, [jpeg()]))) == 1

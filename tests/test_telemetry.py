@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from leafnet import telemetry
+from leafnet import cluster, telemetry
+from leafnet.config import RaySettings
+from leafnet.errors import UserError
 from tests.test_jobs import free_port, job, kill_session, run
 from tests.test_nightly import write_leaves
 
@@ -58,6 +61,180 @@ def test_too_many_failed_is_no_success() -> None:
     told = telemetry.of_night(SUMMARY, max_failed=5)
     assert told[0] == ("leafnet_nights", {"result": "too_many_failed"}, 1)
     assert "leafnet_last_success_timestamp_seconds" not in {name for name, _, _ in told}
+
+
+@pytest.mark.parametrize(
+    ("scored", "failed", "max_failed", "success"),
+    [
+        (40, 2, 5.0, True),
+        (40, 3, 5.0, False),
+        (40, 1, 0.0, False),
+        (40, 0, 0.0, True),
+        (0, 0, 5.0, True),
+    ],
+)
+def test_a_night_succeeds_up_to_its_limit(
+    scored: int, failed: int, max_failed: float, success: bool
+) -> None:
+    summary = SUMMARY | {"scored": scored}
+    summary["status"] = {"ok": scored - failed, "review": 0, "failed": failed}
+    told = telemetry.of_night(summary, max_failed=max_failed)
+    assert told[0][1] == {"result": "published" if success else "too_many_failed"}
+    times = [value for name, _, value in told if name == "leafnet_last_success_timestamp_seconds"]
+    assert len(times) == success
+    assert all(abs(value - time.time()) < 60 for value in times)
+
+
+def test_shares_are_of_all_that_was_scored() -> None:
+    summary = SUMMARY | {"scored": 16, "status": {"ok": 2, "review": 12, "failed": 2}}
+    told = {name: value for name, _, value in telemetry.of_night(summary, max_failed=50)}
+    assert told["leafnet_review_share"] == 0.75
+    assert told["leafnet_failed_share"] == 0.125
+    summary = SUMMARY | {"scored": 0, "status": {"ok": 0, "review": 0, "failed": 0}}
+    del summary["images_per_second"]
+    names = {name for name, _, _ in telemetry.of_night(summary, max_failed=50)}
+    absent = {"leafnet_review_share", "leafnet_failed_share", "leafnet_images_per_second"}
+    assert not names & absent
+
+
+class Kept:
+    """A counter or a gauge that remembers what it was told."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.name, self.description, self.tag_keys = name, description, tag_keys
+        self.values: dict[tuple[tuple[str, str], ...], float] = {}
+
+    def inc(self, value: float, labels: dict[str, str]) -> None:
+        key = tuple(sorted(labels.items()))
+        self.values[key] = self.values.get(key, 0) + value
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        self.values[tuple(sorted(labels.items()))] = value
+
+
+class KeptCounter(Kept):
+    set = None  # type: ignore[assignment]
+
+
+class KeptGauge(Kept):
+    inc = None  # type: ignore[assignment]
+
+
+def record(keeper: telemetry.Keeper, values: list[telemetry.Value], *, out: str = "o") -> None:
+    keeper.record(
+        [
+            (name, telemetry.METRICS[name]._asdict(), {**labels, "out": out}, value)
+            for name, labels, value in values
+        ]
+    )
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> telemetry.Keeper:
+    monkeypatch.setattr(telemetry, "Counter", KeptCounter)
+    monkeypatch.setattr(telemetry, "Gauge", KeptGauge)
+    monkeypatch.setattr(telemetry.Keeper, "_refresh", lambda self: None)
+    return telemetry.Keeper()
+
+
+def test_counters_grow_and_gauges_are_set(keeper: telemetry.Keeper) -> None:
+    for count in (3, 4, 0):
+        ok = {"status": "ok"}
+        photographs = ("leafnet_photographs", ok, count)
+        record(keeper, [photographs, ("leafnet_night_photographs", ok, count)])
+    counter = keeper._metrics["leafnet_photographs"]
+    gauge = keeper._metrics["leafnet_night_photographs"]
+    key = (("out", "o"), ("status", "ok"))
+    assert counter.values == {key: 7}
+    assert gauge.values == {key: 0}
+    assert (counter.name, counter.tag_keys) == ("leafnet_photographs", ("out", "status"))
+    assert gauge.description == telemetry.METRICS["leafnet_night_photographs"].description
+
+
+def test_a_counter_is_not_there_before_it_has_counted(keeper: telemetry.Keeper) -> None:
+    record(keeper, [("leafnet_photographs", {"status": "failed"}, 0)])
+    assert keeper._metrics["leafnet_photographs"].values == {}
+
+
+def test_only_the_last_night_of_each_folder_is_shown(keeper: telemetry.Keeper) -> None:
+    def reasons(**counts: int) -> list[telemetry.Value]:
+        return [("leafnet_night_reasons", {"reason": r}, n) for r, n in counts.items()]
+
+    record(keeper, reasons(empty=1, corrupt=2), out="here")
+    record(keeper, reasons(empty=3), out="there")
+    record(keeper, [("leafnet_review_share", {}, 0.5)], out="here")
+    record(keeper, reasons(truncated=4), out="here")
+    shown = {
+        (name, dict(labels)["out"], dict(labels).get("reason")): value
+        for (name, labels), value in keeper._gauges.items()
+    }
+    assert shown == {
+        ("leafnet_night_reasons", "there", "empty"): 3,
+        ("leafnet_review_share", "here", None): 0.5,
+        ("leafnet_night_reasons", "here", "truncated"): 4,
+    }
+
+
+def test_gauges_are_set_again_before_a_node_drops_them(
+    keeper: telemetry.Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    record_of = {"status": "ok"}
+    monkeypatch.setattr(telemetry, "Gauge", KeptGauge)
+    record(keeper, [("leafnet_night_photographs", record_of, 5)])
+    gauge = keeper._metrics["leafnet_night_photographs"]
+    gauge.values.clear()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(InterruptedError):
+        keeper._refresh()
+    assert gauge.values == {(("out", "o"), ("status", "ok")): 5}
+    assert slept == [10.0, 10.0]  # Ray's own interval of metrics, if nobody sets another
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "asked"),
+    [
+        (RaySettings(), {}, False),
+        (RaySettings(address="auto"), {}, True),
+        (RaySettings(), {"RAY_ADDRESS": "127.0.0.1:1"}, True),
+    ],
+)
+def test_a_night_with_nothing_to_do_is_told_to_a_cluster_that_is_named(
+    settings: RaySettings,
+    environment: dict[str, str],
+    asked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[list[telemetry.Value], str]] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cluster, "session", lambda given: nullcontext())
+    monkeypatch.setattr(telemetry, "tell", lambda values, *, out: told.append((values, out)))
+    telemetry.nothing_new(settings, out="o")
+    assert len(told) == asked
+    for values, out in told:
+        assert out == "o"
+        assert values[0] == ("leafnet_nights", {"result": "nothing_new"}, 1)
+        assert values[1][0] == "leafnet_last_success_timestamp_seconds"
+        assert len(values) == 2
+
+
+def test_a_cluster_that_is_away_fails_no_night_with_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def session(settings: RaySettings) -> None:
+        raise UserError("no-cluster", "it is away")
+
+    monkeypatch.setattr(cluster, "session", session)
+    telemetry.nothing_new(RaySettings(address="auto"), out="o")
 
 
 def expressions(document: Any) -> Iterator[str]:
