@@ -23,8 +23,8 @@ from PIL import Image
 
 CHROMIUM = "chromium"
 LEFT_OUT = (
-    "left out: the tests of the reports in a browser; chromium is not installed. As root on "
-    f"Debian: apt-get install --no-install-recommends {CHROMIUM}"
+    "no chromium on this machine: apt-get install -y --no-install-recommends "
+    f"{CHROMIUM} fonts-dejavu-core"
 )
 PHONE, DESKTOP = (390, 844), (1280, 900)
 

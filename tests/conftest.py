@@ -18,7 +18,10 @@ from leafnet.images import fingerprint
 from leafnet.review import Review
 from leafnet.shards import Shard, ShardIndex
 from tests import s3_server
+from tests.left_out import leave_out, summary
 from tests.s3_server import Server
+
+LIMITS_S = {"faults": 1800, "slow": 900}  # of a test with this mark and no limit of its own
 
 
 def pytest_configure() -> None:
@@ -27,6 +30,22 @@ def pytest_configure() -> None:
     There it is ignored, by children too.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests that are known to take long more than the time limit of pyproject.toml."""
+    for item in items:
+        for mark, limit_s in LIMITS_S.items():
+            if item.get_closest_marker(mark) and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(limit_s))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and why."""
+    if lines := summary(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("left out")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")
@@ -90,9 +109,9 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real S3 server; what needs it is left out where it is not installed."""
+    """A real S3 server; what needs it is left out where it is not installed, but not in CI."""
     if not s3_server.has_radosgw():
-        pytest.skip(s3_server.LEFT_OUT)
+        leave_out(s3_server.LEFT_OUT)
     with s3_server.radosgw(tmp_path_factory.mktemp("radosgw")) as server:
         yield server
 

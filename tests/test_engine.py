@@ -21,10 +21,6 @@ from leafnet.shards import ShardIndex
 
 SIZE = 64
 
-needs_openvino = pytest.mark.skipif(
-    not openvino_graph.installed(quantizer=True), reason='needs pip install "leafnet[openvino]"'
-)
-
 
 @pytest.fixture(scope="module")
 def model(weights_file: str) -> Bundle:
@@ -87,8 +83,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     [
         ("tensorflow", "float32", 1e-5),
         ("tensorflow", "bfloat16", 0.05),
-        pytest.param("openvino", "float32", 1e-5, marks=needs_openvino),
-        pytest.param("openvino", "bfloat16", 0.05, marks=needs_openvino),
+        ("openvino", "float32", 1e-5),
+        ("openvino", "bfloat16", 0.05),
     ],
 )
 def test_features_are_those_of_stock_keras(
@@ -110,7 +106,6 @@ def test_features_are_those_of_stock_keras(
     assert found.features(pixels[:0]).shape == (0, backbone.FEATURES)
 
 
-@needs_openvino
 def test_int8_is_close_and_goes_through_a_published_model(
     with_int8: Bundle, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:
@@ -208,7 +203,6 @@ print("seen")
 """
 
 
-@needs_openvino
 def test_openvino_runs_without_tensorflow_and_reports_nothing_to_anybody() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False
@@ -216,7 +210,6 @@ def test_openvino_runs_without_tensorflow_and_reports_nothing_to_anybody() -> No
     assert done.stdout.endswith("seen\n"), done.stderr
 
 
-@needs_openvino
 @pytest.mark.ray
 @pytest.mark.slow
 def test_quantizing_a_data_set_tries_int8_on_every_validation_photograph(
@@ -263,7 +256,6 @@ def test_int8_without_the_extra_is_refused_at_once(
     assert not list(tmp_path.iterdir())
 
 
-@needs_openvino
 def test_int8_that_cannot_be_checked_is_refused_at_once(
     data_set: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

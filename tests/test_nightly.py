@@ -30,7 +30,6 @@ from leafnet import (
     listing,
     lock,
     nightly,
-    openvino_graph,
     pages,
     scoring,
     storage,
@@ -447,7 +446,7 @@ def test_scored_by_the_mean_over_views(random_model: str, tmp_path: Path, views:
     made = settings(random_model, tmp_path, tmp_path / "out", tta=str(views))
     job = nightly._Job(
         image_size=32, stack=4, max_pixels=10**6, batch_size=4, precision="float32",
-        engine="openvino" if openvino_graph.installed() else "tensorflow",
+        engine="openvino",
         model_id="m", run_id="r", start="s", class_names=model.class_names, views=made.tta,
     )  # fmt: skip
     (stack,) = nightly._decode(pa.table({"start": [0], "stop": [4]}), chosen=chosen, job=job)

@@ -16,7 +16,7 @@ from ray.scripts.scripts import cli as ray_cli
 from leafnet import config, demo, terminal
 from leafnet.errors import UserError
 from tests import docs
-from tests.test_docs import load
+from tests.docs import load
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
