@@ -125,3 +125,146 @@ def test_nothing_is_written_for_a_wrong_count_or_seed(
         demo.write_photographs(tmp_path / "photos", **arguments)
     assert caught.value.reason == reason
     assert not (tmp_path / "photos").exists()
+
+
+# The parts that a leaf is drawn of
+
+
+def test_a_smooth_step_is_a_cubic_between_its_ends() -> None:
+    """0 and 1 outside, half in the middle, 3 t^2 - 2 t^3 at a quarter; either way round."""
+    values = np.array([-1, 2, 3, 4, 6, 9], np.float32)
+    expected = [0, 0, 3 / 16 - 2 / 64, 0.5, 1, 1]
+    np.testing.assert_allclose(demo._step(values, 2, 6), expected)
+    np.testing.assert_allclose(demo._step(values, 6, 2), 1 - np.array(expected))
+
+
+def test_a_colour_is_laid_on_by_its_opacity() -> None:
+    under = np.full((1, 3, 3), (0.2, 0.4, 0.6), np.float32)
+    share = np.array([[0, 0.25, 1]], np.float32)
+    mixed = demo._mix(under, (1.0, 0.0, 0.6), share)
+    np.testing.assert_allclose(mixed[0], [(0.2, 0.4, 0.6), (0.4, 0.3, 0.6), (1, 0, 0.6)], atol=1e-6)
+
+
+def test_a_blend_lies_between_its_colours() -> None:
+    rng = np.random.default_rng(0)
+    palette = ((0.0, 0.5, 1.0), (1.0, 0.5, 0.0))
+    colours = np.stack([demo._blend(rng, palette) for _ in range(400)])
+    np.testing.assert_allclose(colours[:, 1], 0.5, atol=1e-6)
+    np.testing.assert_allclose(colours[:, 0] + colours[:, 2], 1, atol=1e-6)
+    # Dirichlet of twice 0.5 is an arc sine: mean 1/2, and a third of all below sin^2(30 degrees).
+    assert abs(colours[:, 0].mean() - 0.5) < 0.08
+    assert abs((colours[:, 0] < 0.25).mean() - 1 / 3) < 0.1
+
+
+def test_clouds_are_noise_around_zero_with_lumps_of_a_size() -> None:
+    rng = np.random.default_rng(0)
+    fields = [demo._clouds(rng, (150, 100), 20) for _ in range(20)]
+    assert fields[0].shape == (150, 100)
+    assert abs(np.mean([field.mean() for field in fields])) < 0.15
+    assert 0.75 < np.mean([field.std() for field in fields]) < 1.25
+
+    def likeness(distance: int) -> float:
+        return float(np.mean([np.corrcoef(f[distance:].ravel(), f[:-distance].ravel())[0, 1]
+                              for f in fields]))  # fmt: skip
+
+    assert likeness(2) > 0.9
+    assert likeness(60) < 0.3
+
+
+def flat_leaf(height: int = 60, width: int = 80) -> demo._Leaf:
+    rows, columns = np.indices((height, width), np.float32)
+    return demo._Leaf(
+        along=columns / width,
+        across=rows / height - 0.5,
+        mask=np.ones((height, width), np.float32),
+        depth=np.full((height, width), 0.1, np.float32),
+        pixels=40.0,
+    )
+
+
+def test_a_lesion_is_0_in_its_middle_1_at_its_radius_and_3_at_most() -> None:
+    at = np.zeros((60, 80), bool)
+    at[20, 50] = True
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        field = demo._lesions(rng, flat_leaf(), np.array([0.2]), at=at)  # of 40: 8 pixels
+        assert field[20, 50] == 0
+        assert field.max() == 3
+        assert 0.75 <= field[28, 50] <= 1.4  # stretched by at most 1.25, and sheared by 0.3
+        assert field[12, 50] == pytest.approx(field[28, 50], abs=1e-6)
+        assert 0.79 <= field[20, 58] <= 1.26
+        assert field[20, 42] == pytest.approx(field[20, 58], abs=1e-6)
+        assert field[20, 54] == pytest.approx(field[20, 58] / 2, abs=1e-6)
+
+
+def test_of_two_lesions_the_nearer_one_counts_and_none_is_under_a_pixel() -> None:
+    at = np.zeros((60, 80), bool)
+    at[20, 50] = True
+    many = demo._lesions(np.random.default_rng(0), flat_leaf(), np.full(9, 0.2), at=at)
+    each = []
+    rng = np.random.default_rng(0)
+    for _ in range(9):
+        each.append(demo._lesions(rng, flat_leaf(), np.array([0.2]), at=at))
+    np.testing.assert_allclose(many, np.min(each, axis=0), atol=1e-6)
+    tiny = demo._lesions(np.random.default_rng(0), flat_leaf(), np.array([1e-6]), at=at)
+    assert tiny[20, 51] < 2
+
+
+def test_a_leaf_has_its_foot_at_0_and_its_tip_at_1() -> None:
+    """As long as 0.82 to 1.02 of the shorter side, near the middle, and deep inside its margin."""
+    for seed in range(6):
+        leaf = demo._place_leaf(np.random.default_rng(seed), 120, 200)
+        assert leaf.mask.shape == leaf.along.shape == leaf.across.shape == (120, 200)
+        assert 0.82 * 120 <= leaf.pixels <= 1.02 * 120
+        blade = leaf.depth > 0.02
+        assert leaf.mask[blade].min() > 0.5
+        assert -0.05 < leaf.along[blade].min() < 0.35
+        assert 0.65 < leaf.along[blade].max() < 1.05
+        assert abs(leaf.across[blade].mean()) < 0.08
+        assert 0.2 < np.abs(leaf.across[blade]).max() < 0.55
+        # One pixel along the midrib is a pixel's share of a leaf length.
+        slope = np.hypot(*np.gradient(leaf.along.astype(float)))
+        np.testing.assert_allclose(slope * leaf.pixels, 1, rtol=1e-3)
+        middle = np.argwhere(blade).mean(axis=0) / (120, 200)
+        assert np.abs(middle - 0.5).max() < 0.2
+
+
+def test_photographs_vary_in_size_by_the_shares() -> None:
+    assert sum(demo.SIZE_SHARES) == pytest.approx(1)
+    assert len(demo.SIZES) == len(demo.SIZE_SHARES)
+
+
+def test_every_sixth_photograph_is_turned_and_each_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def black(label: str, *, seed: int, width: int, height: int) -> NDArray[np.uint8]:
+        return np.zeros((height, width, 3), np.uint8)
+
+    monkeypatch.setattr(demo, "draw_leaf", black)
+    told: list[int] = []
+    assert demo.write_photographs(tmp_path, per_class=6, advance=told.append) == 18
+    assert told == [1] * 18
+    turned = {}
+    for path in tmp_path.rglob("*.jpg"):
+        with Image.open(path) as photo:
+            turned[path.name] = photo.getexif().get(demo.ORIENTATION_TAG, 1) != 1
+    assert turned == {f"leaf_{i:04d}.jpg": i == 6 for i in range(1, 7)}
+
+
+def test_a_photograph_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
+    demo.write_photographs(tmp_path / "few", per_class=1)
+    demo.write_photographs(tmp_path / "more", per_class=2)
+    few, more = read_all(tmp_path / "few"), read_all(tmp_path / "more")
+    assert few == {name: data for name, data in more.items() if "0001" in name}
+
+
+def test_the_smallest_leaf_and_the_smallest_seed(tmp_path: Path) -> None:
+    for width, height in ((32, 40), (40, 32)):
+        assert demo.draw_leaf("healthy", seed=0, width=width, height=height).shape[:2] == (
+            height,
+            width,
+        )
+        with pytest.raises(UserError):
+            demo.draw_leaf("healthy", seed=0, width=width - 9, height=height)
+    with pytest.raises(UserError, match="got 32 x 31"):
+        demo.draw_leaf("healthy", seed=0, width=32, height=31)

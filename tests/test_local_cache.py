@@ -1,4 +1,5 @@
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,3 +134,100 @@ def test_shards_are_read_from_the_cache(
     first = list(shards.row_groups(data_set.root, shard, cache=cache))
     monkeypatch.setattr(storage, "read_bytes", None)
     assert list(shards.row_groups(data_set.root, shard, cache=cache)) == first
+
+
+def filled(folder: Path, *sizes: int) -> list[Path]:
+    """Copies of these sizes, the first read longest ago; their ages are in hours."""
+    now = time.time()
+    paths = [folder / f"{i:x}{'0' * 63}" for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        path.write_bytes(bytes(size))
+        os.utime(path, (now - 3600 * (20 - i),) * 2)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "fits", "left"),
+    [
+        (30, 90, True, [0, 1, 2]),  # 10 + 20 + 30 and 30 are 90
+        (31, 90, True, [1, 2]),
+        (40, 90, True, [1, 2]),
+        (41, 90, True, [2]),
+        (60, 90, True, [2]),
+        (61, 90, True, []),
+        (90, 90, True, []),
+        (91, 90, False, []),
+    ],
+)
+def test_no_more_is_deleted_than_makes_room(
+    tmp_path: Path, size: int, limit: float, fits: bool, left: list[int]
+) -> None:
+    paths = filled(tmp_path, 10, 20, 30)
+    (tmp_path / "lock-ab").write_bytes(bytes(5000))  # not a copy
+    assert local_cache._make_room(tmp_path, size, limit) == fits
+    assert [i for i, path in enumerate(paths) if path.exists()] == left
+    assert (tmp_path / "lock-ab").exists()
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [(3500, True), (3700, False)])
+def test_what_is_written_for_more_than_an_hour_is_of_a_dead_process(
+    tmp_path: Path, seconds: float, stays: bool
+) -> None:
+    writing = tmp_path / f"{'a' * 64}.tmp"
+    writing.write_bytes(bytes(50))
+    os.utime(writing, (time.time() - seconds,) * 2)
+    (copy,) = filled(tmp_path, 50)
+    os.utime(copy)
+    assert local_cache._make_room(tmp_path, 60, 110)
+    assert writing.exists() == stays
+    assert copy.exists() != stays
+
+
+def test_a_copy_that_is_read_counts_as_read_now(tmp_path: Path) -> None:
+    cache, store = LocalCache(str(tmp_path), 1.0), Store(b"one")
+    (sha256,) = store.contents
+    store.read(cache, sha256)
+    os.utime(tmp_path / sha256, (0, 0))
+    store.read(cache, sha256)
+    assert time.time() - (tmp_path / sha256).stat().st_mtime < 60
+
+
+def test_the_limit_is_in_gigabytes_of_a_thousand_million_bytes(tmp_path: Path) -> None:
+    store = Store(bytes(1000), bytes(1001))
+    exact, more = store.contents
+    cache = LocalCache(str(tmp_path), 1e-6)
+    store.read(cache, more)
+    assert kept(cache) == set()
+    store.read(cache, exact)
+    assert kept(cache) == {exact}
+
+
+def test_what_is_kept_is_the_copy_and_its_locks_alone(tmp_path: Path) -> None:
+    cache, store = LocalCache(str(tmp_path), 1.0), Store(b"one")
+    (sha256,) = store.contents
+    assert store.read(cache, sha256) == b"one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [sha256, "lock", f"lock-{sha256[:2]}"]
+    )
+    assert (tmp_path / sha256).read_bytes() == b"one"
+
+
+def test_without_a_cache_what_the_store_gives_is_checked_too() -> None:
+    store = Store(b"one")
+    (sha256,) = store.contents
+    store.contents[sha256] = b"another"
+    assert store.read(None, sha256) is None
+
+
+def test_a_copy_that_cannot_be_written_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    cache, store = LocalCache(str(tmp_path), 1.0), Store(b"one")
+    (sha256,) = store.contents
+    assert store.read(cache, sha256) == b"one"
+    assert all(path.name.startswith("lock") for path in tmp_path.iterdir())
+    assert "disk full" in caplog.text

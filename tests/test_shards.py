@@ -335,3 +335,9 @@ def test_a_shard_comes_from_the_cache_that_is_given(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         list(shards.row_groups(index.root, shard))
     assert caught.value.reason == "shard-missing"
+
+
+def test_a_shard_of_one_photograph(tmp_path: Path) -> None:
+    shard = shards.write_shard(str(tmp_path), "t.parquet", table("test", 1), row_group=3)
+    assert (shard.split, shard.rows, shard.row_groups) == ("test", 1, (1,))
+    assert shards.read_rows(str(tmp_path), shard, [0])["key"].to_pylist() == ["test/0.jpg"]

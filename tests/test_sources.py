@@ -642,3 +642,23 @@ def test_a_store_that_cannot_be_reached_says_nothing_of_a_photograph(
     assert read(OSError()).message == "cannot read it: OSError"
     with pytest.raises(UserError, match="away"):
         read(UserError("no-answer", "away"))
+
+
+def test_of_many_names_four_are_told_and_the_rest_counted() -> None:
+    assert sources._some("dcba") == "a, b, c, d"
+    assert sources._some("edcba") == "a, b, c, d and 1 more"
+    assert sources._some(str(i) for i in range(10_004)).endswith(" and 10,000 more")
+
+
+def test_columns_of_other_kinds_are_no_photographs(tmp_path: Path) -> None:
+    image = [{"bytes": b"x", "path": "x.jpg"}]
+    for columns in (
+        {"image": [b"x"], "label": ["a"]},
+        {"image": [{"path": "x.jpg"}], "label": ["a"]},
+        {"image": image, "class": ["a"]},
+        {"photo": image, "label": ["a"]},
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=f"found {', '.join(columns)}$") as caught:
+            sources.look(str(tmp_path))
+        assert caught.value.reason == "no-image-column"

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from leafnet import demo, thumbnails
 
@@ -138,3 +139,114 @@ def test_more_than_the_limit_lose_theirs() -> None:
     }
     assert kept.drop_columns("thumbnail").equals(table.drop_columns("thumbnail"))
     assert thumbnails.keep_wanted(table.drop_columns("thumbnail")).num_columns == 8
+
+
+def test_a_thumbnail_s_sides_are_rounded_and_at_least_16_pixels() -> None:
+    square = np.zeros((64, 64, 3), np.uint8)
+
+    def size(width: int, height: int, side: int = 100) -> tuple[int, int]:
+        encoded = thumbnails.jpeg(square, width=width, height=height, side=side)
+        with Image.open(io.BytesIO(encoded)) as picture:
+            return picture.size
+
+    assert size(300, 200) == (100, 67)  # 66.7
+    assert size(300, 199) == (100, 66)  # 66.3
+    assert size(199, 300) == (66, 100)
+    assert size(1000, 155) == (100, 16)  # 15.5, to the even one
+    assert size(1000, 30) == (100, 16)
+    assert size(30, 1000) == (16, 100)
+    assert size(10, 10, side=8) == (16, 16)
+    assert thumbnails.SIDE == 128
+
+
+def test_a_thumbnail_is_the_mean_over_areas() -> None:
+    """Half the side: of each four pixels the mean, where a grid of points would see one."""
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    pixels[::2, ::2] = 240
+    encoded = thumbnails.jpeg(pixels, width=64, height=64, side=64)
+    small = np.asarray(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_allclose(small, 60, atol=2)
+
+
+@pytest.mark.parametrize(("quality", "step"), [(50, 16), (78, 7), (95, 2)])
+def test_the_quality_is_the_one_that_is_asked_for(quality: int, step: int) -> None:
+    """The mean is stored in steps of 16 (ITU T.81, annex K), by libjpeg times 2 - quality / 50."""
+    square = np.zeros((16, 16, 3), np.uint8)
+    encoded = thumbnails.jpeg(square, width=1, height=1, quality=quality)
+    with Image.open(io.BytesIO(encoded)) as picture:
+        assert isinstance(picture, JpegImageFile)
+        assert picture.quantization[0][0] == step
+
+
+def test_thumbnails_are_of_quality_78_and_what_was_seen_of_95() -> None:
+    table = rows(["low-confidence"], [0.1], [1.0])
+    found = thumbnails.Maker(seen=True).attach(
+        table, np.zeros((1, 64, 64, 3), np.uint8), np.array([0])
+    )
+    for name, step, size in (("thumbnail", 7, (128, 96)), ("seen", 2, (64, 64))):
+        with Image.open(io.BytesIO(found[name][0].as_py())) as picture:
+            assert isinstance(picture, JpegImageFile)
+            assert (picture.quantization[0][0], picture.size) == (step, size)
+
+
+def test_the_first_for_review_are_by_value_and_then_by_name() -> None:
+    unlike, low, both = "unlike-training: x", "low-confidence: x", "low-confidence; unlike-training"
+    table = rows([low, low, low, unlike, both], [0.5, 0.2, 0.2, 0.1, 0.9], [9, 9, 9, 70, 80])
+    # Sure of 0.2 twice, then 0.5; novelty of 80, which is unlike in spite of its other reason.
+    assert thumbnails.wanted(table).tolist() == [1, 4, 2, 3, 0]
+    table = table.set_column(0, "image", pa.array(["e", "d", "c", "b", "a"]))
+    assert thumbnails.wanted(table).tolist() == [2, 4, 1, 3, 0]
+    assert thumbnails.wanted(table, limit=0).tolist() == []
+
+
+def test_what_has_no_value_counts_as_zero() -> None:
+    """Of no confidence at all: first of the unsure; of no novelty: last of the unlike."""
+    low, unlike = "low-confidence", "unlike-training"
+    table = rows([low, low, unlike, unlike], [0.3, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 5.0])
+    for place, name, missing in ((4, "confidence", 1), (5, "novelty", 2)):
+        values = [None if i == missing else v for i, v in enumerate(table[name].to_pylist())]
+        table = table.set_column(place, name, pa.array(values, pa.float32()))
+    assert thumbnails.wanted(table).tolist() == [1, 3, 0, 2]
+
+
+def test_a_review_without_a_reason_is_one_of_the_unsure() -> None:
+    table = rows(["low-confidence", "unlike-training"], [0.3, 0.1], [1.0, 2.0])
+    table = table.set_column(3, "reason", pa.array([None, "unlike-training"], pa.string()))
+    assert thumbnails.wanted(table).tolist() == [0, 1]
+
+
+def test_no_more_are_made_than_may_still_be_first() -> None:
+    """With room for two, the third stack brings nothing surer, one like the second, one new."""
+    low = "low-confidence"
+    maker = thumbnails.Maker(limit=2)
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+
+    def made(*confidence: float) -> list[bool]:
+        table = rows([low] * 2, list(confidence), [1.0] * 2)
+        found = maker.attach(table, pixels, np.arange(2))["thumbnail"].to_pylist()
+        return [data is not None for data in found]
+
+    assert made(0.5, 0.25) == [True, True]
+    assert made(0.75, 0.5) == [False, True]  # equal ones may come first by their names
+    assert made(0.125, 0.375) == [True, True]
+    assert made(0.375, 0.25) == [False, True]
+
+
+def test_thumbnails_stay_where_there_are_no_more_than_the_limit() -> None:
+    table = rows(["low-confidence"] * 3 + [None], [0.1, 0.2, 0.3, 0.4], [1.0] * 4)
+    table = table.append_column("thumbnail", pa.array([b"0", b"1", b"2", None]))
+    assert thumbnails.keep_wanted(table, limit=3)["thumbnail"].to_pylist() == [
+        b"0",
+        b"1",
+        b"2",
+        None,
+    ]
+    assert thumbnails.keep_wanted(table, limit=2)["thumbnail"].to_pylist() == [
+        b"0",
+        b"1",
+        None,
+        None,
+    ]
+    assert thumbnails.of(table)[1] == {"image": "1.jpg", "version": "1", "thumbnail": b"1"}
+    explained = table.append_column("explained", pa.array([b"x"] * 4))
+    assert [row["explained"] for row in thumbnails.of(explained)] == [b"x"] * 3
