@@ -1,5 +1,6 @@
 """Promotion on drawn leaves, with models that are as good as they are made."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,17 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
-from leafnet import backbone, bundle, config, demo, promotion, registry, shards
+from leafnet import (
+    backbone,
+    bundle,
+    config,
+    demo,
+    lock,
+    promotion,
+    registry,
+    shards,
+    terminal,
+)
 from leafnet.comparison import Outcome, Verdict
 from leafnet.config import PromoteSettings
 from leafnet.errors import EXIT_WORSE, UserError
@@ -197,6 +208,28 @@ def test_what_is_refused(
     with pytest.raises(UserError, match=message):
         promotion.run(settings(tmp_path / "registry", index, random_model, **changes))
     assert not (tmp_path / "registry").exists()
+
+
+def run(chosen: PromoteSettings, _: object) -> None:
+    promotion.run(chosen)
+
+
+def test_a_registry_that_another_job_holds_ends_with_code_3(
+    index: ShardIndex, random_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dry run of the same, which writes nothing, does not ask for it."""
+    root = tmp_path / "registry"
+    for chosen in (settings(root, index, random_model), back(root)):
+        with lock.hold(str(root), timeout_s=60):
+            assert terminal.run_job(functools.partial(run, chosen), []) == 3
+        assert f"{root} is in use by process {os.getpid()} on" in capsys.readouterr().err
+    with (
+        lock.hold(str(root), timeout_s=60),
+        pytest.raises(UserError, match="has no champion") as caught,
+    ):
+        promotion.run(back(root, dry_run=True))
+    assert caught.value.exit_code == 2
+    assert not registry.decisions(str(root))
 
 
 def test_a_split_is_known_by_its_photographs(index: ShardIndex, tmp_path: Path) -> None:

@@ -339,7 +339,9 @@ def test_provenance_says_what_a_model_is_made_of(data_set: ShardIndex) -> None:
     assert found["settings"]["head"]["units"] == [16, 8]
     assert found["metrics"] == {"test": {}}
     assert found["versions"]["numpy"] == np.__version__
-    age = datetime.now(UTC) - datetime.fromisoformat(found["trained_at"])
+    trained_at = datetime.fromisoformat(found["trained_at"])
+    assert (trained_at.microsecond, trained_at.utcoffset()) == (0, timedelta(0))
+    age = datetime.now(UTC) - trained_at
     assert timedelta(seconds=-1) < age < timedelta(seconds=60)
     json.dumps(found)
 
