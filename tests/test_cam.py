@@ -21,6 +21,38 @@ def test_a_map_adds_up_to_its_logit(units: tuple[int, ...]) -> None:
         np.testing.assert_allclose(found.mean(axis=(1, 2)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_place_adds_its_features_times_their_gradient() -> None:
+    """The gradient by differences of the logits, in double precision."""
+    generator = np.random.default_rng(2)
+    head: Head = [
+        (kernel.astype(np.float64), generator.normal(0, 0.3, bias.shape))  # type: ignore[misc]
+        for kernel, bias in initial_head((16, 8), 4, inputs=10, seed=0)
+    ]
+    maps = generator.random((3, 2, 5, 10)).astype(np.float32)
+    classes = np.array([2, 0, 3])
+
+    def over_the_mean(features: np.ndarray) -> np.ndarray:
+        x = features
+        for kernel, bias in head[:-1]:
+            x = np.maximum(x @ kernel + bias, 0)
+        logits = x @ head[-1][0] + head[-1][1]
+        return np.asarray(logits[np.arange(3), classes] - logits.mean(axis=1))
+
+    features = maps.mean(axis=(1, 2), dtype=np.float64)
+    gradient = np.stack(
+        [
+            (over_the_mean(features + step) - over_the_mean(features - step)) / 2e-6
+            for step in 1e-6 * np.eye(10)
+        ],
+        axis=1,
+    )
+    found = cam.class_maps(head, maps, classes)
+    for photograph in range(3):
+        adds = maps[photograph] @ gradient[photograph]
+        offset = over_the_mean(features)[photograph] - adds.mean()
+        np.testing.assert_allclose(found[photograph], adds + offset, rtol=1e-4, atol=1e-5)
+
+
 def test_taking_a_place_away_costs_what_the_map_says() -> None:
     """In a linear head, to the letter: without its features a place adds the offset alone."""
     generator = np.random.default_rng(0)
@@ -81,3 +113,22 @@ def test_overlay_colours_the_place_and_leaves_the_rest() -> None:
     assert red - green > 100
     np.testing.assert_array_equal(shown[30:, :30], 100)
     np.testing.assert_array_equal(cam.overlay(pixels, -np.abs(class_map)), pixels)
+
+
+@pytest.mark.parametrize("largest", [0.125, 8.0])
+def test_overlay_goes_from_yellow_to_red_with_the_share_of_the_largest(largest: float) -> None:
+    """Numbers by hand: all is 0.65 of (215, 0, 40), half is 0.325 of (235, 115, 20)."""
+    pixels = np.full((1, 4, 3), 102, np.uint8)
+    shares = np.array([[1.0, 0.5, 0.0, -3.0]], np.float32)
+    shown = cam.overlay(pixels, shares * largest)
+    np.testing.assert_array_equal(
+        shown[0], [[175, 35, 61], [145, 106, 75], [102, 102, 102], [102, 102, 102]]
+    )
+
+
+def test_overlay_is_smooth_between_places() -> None:
+    class_map = np.array([[1.0, 0.25, 0.5]], np.float32)
+    shown = cam.overlay(np.full((8, 24, 3), 200, np.uint8), class_map)
+    steps = np.diff(shown[4, :, 1].astype(int))
+    assert (steps[4:12] > 0).all()
+    assert np.abs(steps).max() < 40
