@@ -1,7 +1,10 @@
+import errno
 import ipaddress
 import json
+import os
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -511,3 +514,264 @@ def test_rights_that_are_not_there(
         storage.try_rights(f"{bucket}/runs")
     assert caught.value.reason == "no-access"
     assert f"refuses {refused}" in str(caught.value)
+
+
+def test_paths_and_urls_are_joined() -> None:
+    assert storage.join("/a/", "b", "c") == "/a/b/c"
+    assert storage.join("a", "b") == "a/b"
+    assert storage.join("/a", "/b") == "/b"
+    assert storage.join("s3://a//", "b", "c") == "s3://a/b/c"
+    assert storage.join("s3://a", "b/c") == "s3://a/b/c"
+
+
+def test_what_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for url in ("/a", "a", "file:///a", "~/a"):
+        assert storage.is_local(url)
+    for url in ("s3://a", "memory://a", "https://a/b", "files://a"):
+        assert not storage.is_local(url)
+    assert storage.absolute("~/a/") == "/home/me/a"
+    assert storage.absolute("file:///a/../b") == "/b"
+    assert storage.absolute("memory://a/b//") == "memory://a/b"
+
+
+@pytest.mark.parametrize("name", ["sig", "Signature", "X-Amz-Signature", "X-Goog-Signature"])
+def test_a_signature_is_a_secret_wherever_it_stands(name: str) -> None:
+    for query in (f"{name}=hushhush", f"a=1&{name}=hushhush&b=2"):
+        with pytest.raises(UserError, match="a URL at https://host holds") as told:
+            storage.absolute(f"https://host/a?{query}")
+        assert told.value.reason == "secret-in-url"
+        assert "hushhush" not in str(told.value)
+    assert storage.absolute(f"https://host/a?my{name}=1") == f"https://host/a?my{name}=1"
+    assert storage.absolute("ftp://me@host/a") == "ftp://me@host/a"
+
+
+class OfAClient(Exception):
+    """An error of a package that speaks to a store."""
+
+    __module__ = "aiohttp.client_exceptions"
+
+
+@pytest.mark.parametrize(
+    ("error", "url", "reason", "message"),
+    [
+        (OSError(errno.ENOSPC, "x"), "/a/b", "disk-full", "cannot write /a/b: No space left"),
+        (OSError(errno.EDQUOT, "x"), "/a/b", "disk-full", "cannot write /a/b: Disk quota exceeded"),
+        (OSError(errno.EACCES, "x"), "/a/b", "no-access", "/a/b: Permission denied; give another"),
+        (OSError(errno.EPERM, "x"), "/a/b", "no-access", "/a/b: Operation not permitted; give"),
+        (OSError(errno.EROFS, "x"), "/a/b", "no-access", "/a/b: Read-only file system; give"),
+        (OSError(errno.EIO, "x"), "/a/b", None, ""),
+        (OSError("x"), "/a/b", None, ""),
+        (ValueError("x"), "/a/b", None, ""),
+        (FileNotFoundError(errno.ENOENT, "x"), "/a/b", None, ""),
+        (ConnectionError("a\n b"), "memory://a", "no-network", "cannot reach memory://a: a b"),
+        (TimeoutError(), "memory://a", "no-network", "cannot reach memory://a: TimeoutError"),
+        (OSError(errno.EIO, "x"), "memory://a", "no-network", "cannot reach memory://a: [Errno 5]"),
+        (OfAClient("x"), "memory://a", "no-network", "cannot reach memory://a: x"),
+        # What only reads a file has errors without a number, too.
+        (OSError("not a Parquet file"), "memory://a", None, ""),
+        (ValueError("x"), "memory://a", None, ""),
+        (FileNotFoundError(errno.ENOENT, "x"), "memory://a", None, ""),
+        (FileExistsError(errno.EEXIST, "x"), "memory://a", None, ""),
+        (IsADirectoryError(errno.EISDIR, "x"), "memory://a", None, ""),
+        (NotADirectoryError(errno.ENOTDIR, "x"), "memory://a", None, ""),
+        (UserError("no-keys", "told already"), "memory://a", None, ""),
+    ],
+)
+def test_what_is_wrong_with_a_store_and_not_with_a_file(
+    error: Exception, url: str, reason: str | None, message: str
+) -> None:
+    with pytest.raises(Exception) as raised, storage._told(url):  # noqa: PT011
+        raise error
+    if reason is None:
+        assert raised.value is error
+    else:
+        assert isinstance(raised.value, UserError)
+        assert raised.value.reason == reason
+        assert str(raised.value).startswith(message)
+
+
+def test_errors_after_which_waiting_is_of_no_use() -> None:
+    unreachable = {"no-answer", "no-network", "store-failed"}
+    others = {"wrong-keys", "no-keys", "no-access", "disk-full", "no-such-bucket"}
+    assert unreachable == storage.UNREACHABLE
+    assert unreachable | others == storage.OF_STORES
+
+
+@pytest.fixture(params=["local", "memory"])
+def here(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that needs no server."""
+    return str(tmp_path / "here") if request.param == "local" else f"memory://{tmp_path.name}/here"
+
+
+def test_files_and_folders_are_told_apart(here: str) -> None:
+    url = storage.join(here, "a", "b")
+    assert not storage.exists(here)
+    storage.write_bytes(url, b"")
+    found = [(storage.exists(u), storage.is_folder(u), storage.is_file(u)) for u in (here, url)]
+    assert found == [(True, True, False), (True, False, True)]
+    for nothing in (storage.join(here, "c"), storage.join(url, "below")):
+        assert not storage.is_file(nothing)
+        assert not storage.is_folder(nothing)
+    assert storage.list_names(url) == []
+
+
+def test_a_part_of_a_file(here: str) -> None:
+    url = storage.join(here, "a")
+    storage.write_bytes(url, b"0123456789")
+    assert storage.read_bytes(url) == b"0123456789"
+    assert storage.read_bytes(url, start=7) == b"789"
+    assert storage.read_bytes(url, stop=3) == b"012"
+    assert storage.read_bytes(url, start=2, stop=5) == b"234"
+    for stream in (False, True):
+        with storage.open_file(url, stream=stream) as file:
+            file.seek(4)
+            assert (file.read(2), file.read()) == (b"45", b"6789")
+
+
+def test_files_are_listed_by_url_with_their_sizes(here: str) -> None:
+    for name, size in (("b/c", 3), ("a", 1), ("b/a/d", 4), ("c.tmp", 9), ("b/.h/e", 9), (".f", 9)):
+        storage.write_bytes(storage.join(here, name), b"x" * size)
+    found = [(file.url.removeprefix(here), file.size) for file in storage.list_files(here + "/")]
+    assert found == [("/a", 1), ("/b/a/d", 4), ("/b/c", 3)]
+    assert storage.list_files(storage.join(here, "a")) == [(storage.join(here, "a"), 1)]
+    assert storage.list_names(here) == [".f", "a", "b", "c.tmp"]
+
+
+def test_one_file_is_deleted_and_the_others_stay(here: str) -> None:
+    for name in ("a/b", "a/c", "d"):
+        storage.write_bytes(storage.join(here, name), b"1")
+    storage.delete(storage.join(here, "a/b"))
+    storage.delete(storage.join(here, "d"))
+    storage.delete(storage.join(here, "nothing"))
+    assert [file.url for file in storage.list_files(here)] == [storage.join(here, "a/c")]
+
+
+def test_files_of_a_folder_are_uploaded_and_no_folders(here: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "a").write_bytes(b"1")
+    (source / "b").write_bytes(b"22")
+    (source / "c").write_bytes(b"333")
+    storage.upload_folder(source, here)
+    found = [(file.url.removeprefix(here), file.size) for file in storage.list_files(here)]
+    assert found == [("/b", 2), ("/c", 3)]
+
+
+def test_a_copy_of_a_remote_file_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    storage.write_bytes(f"memory://{tmp_path.name}/a.h5", b"1")
+    with storage.local_copy(f"memory://{tmp_path.name}/a.h5") as path:
+        assert Path(path).parent.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").write_bytes(b"2")
+    with storage.local_copy(str(tmp_path / "mine")) as path:
+        assert path == str(tmp_path / "mine")
+    assert (tmp_path / "mine").exists()
+
+
+def test_what_is_not_there_is_not_moved_in(here: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.move_in(tmp_path / "gone", storage.join(here, "new", "a"))
+    assert storage.list_files(here) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 20])
+def test_answers_come_in_order_and_few_are_asked_for_at_once(at_once: int) -> None:
+    lock, asking, most = threading.Lock(), 0, 0
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(9):
+            # One that is asked for is held until it is taken.
+            assert i - len(taken) <= at_once
+            yield i
+
+    def ask(item: int) -> int:
+        nonlocal asking, most
+        with lock:
+            asking += 1
+            most = max(most, asking)
+        time.sleep(0.005 * (9 - item) if item % 2 else 0)
+        with lock:
+            asking -= 1
+        return item * item
+
+    for answer in storage.each(ask, items(), at_once=at_once):
+        taken.append(answer)
+    assert taken == [0, 1, 4, 9, 16, 25, 36, 49, 64]
+    assert most <= at_once
+
+
+def test_after_an_error_no_more_is_asked_for() -> None:
+    asked: list[int] = []
+
+    def ask(item: int) -> int:
+        asked.append(item)
+        time.sleep(0.02)
+        if item == 1:
+            raise KeyError(item)
+        return item
+
+    with pytest.raises(KeyError):
+        list(storage.each(ask, range(100), at_once=2))
+    assert len(asked) < 6
+    assert list(storage.each(ask, [], at_once=2)) == []
+
+
+def test_a_digest() -> None:
+    # FIPS 180-2, appendix B.1.
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert storage.sha256(b"abc") == expected
+
+
+def test_json_is_for_people_too(here: str) -> None:
+    storage.write_json(storage.join(here, "a"), {"ä": [1]})
+    assert storage.read_bytes(storage.join(here, "a")).decode() == '{\n  "ä": [\n    1\n  ]\n}\n'
+    storage.write_bytes(storage.join(here, "b"), b"{")
+    with pytest.raises(UserError) as told:
+        storage.read_json(storage.join(here, "b"))
+    assert told.value.reason == "not-json"
+
+
+def test_a_store_that_gives_back_something_else(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "read_bytes", lambda url: b"else")
+    with pytest.raises(UserError, match="does not give back what was written to it") as told:
+        storage.try_rights(here)
+    assert told.value.reason == "store-failed"
+    monkeypatch.undo()
+    monkeypatch.setattr(storage, "list_names", lambda url: [])
+    with pytest.raises(UserError, match="does not give back what was written to it"):
+        storage.try_rights(here)
+
+
+def test_a_store_that_does_not_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = f"memory://{tmp_path.name}"
+    storage.write_bytes(storage.join(here, "a"), b"1")
+    fs: Any = storage.filesystem(here)[0]
+    monkeypatch.setattr(fs, "rm", lambda path, recursive: None)
+    with pytest.raises(UserError, match="cannot delete all of it; give the right to") as told:
+        storage.delete(here)
+    assert told.value.reason == "no-access"
+
+
+def test_a_protocol_that_nobody_knows() -> None:
+    with pytest.raises(UserError, match="cannot open ftpx://host/a: ") as told:
+        storage.filesystem("ftpx://host/a")
+    assert told.value.reason == "unknown-protocol"
+
+
+def test_hosts_of_urls_are_told_to_their_filesystem() -> None:
+    found = storage._options("ftp", "ftp://me@host:2121/a/b")
+    assert (found["host"], found["port"], found["username"]) == ("host", 2121, "me")
+    assert storage._options("memory", "memory://a/b") == {}
+
+
+def test_a_filesystem_is_made_once_for_a_process_and_remembers_no_listing() -> None:
+    fs = storage.filesystem("memory://a")[0]
+    assert storage.filesystem("memory://b/c")[0] is fs
+    other: Any = storage._filesystem("memory", "{}", os.getpid() + 1)
+    assert other is not fs
+    assert fs.storage_options["use_listings_cache"] is False
