@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import pyarrow as pa
 import pytest
 from ray.scripts.scripts import cli as ray_cli
 
-from leafnet import config, demo, terminal
+from leafnet import (
+    config,
+    demo,
+    errors,
+    metrics,
+    s3,
+    scoring,
+    shards,
+    terminal,
+)
+from leafnet.config import PrepareSettings, PromoteSettings, TrainSettings
 from leafnet.errors import UserError
 from tests import docs
 from tests.docs import load
@@ -176,3 +188,91 @@ def test_the_local_commands_in_order(
             exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
     assert list(tmp_path.glob("predictions/date=*/*.parquet"))
     assert (tmp_path / "runs" / "potato" / "tensorboard" / "train").is_dir()
+
+
+def section(title: str) -> str:
+    """The text below a heading."""
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README.read_text(), re.M | re.S)
+    return str(text)
+
+
+def table(title: str) -> list[list[str]]:
+    """The cells of the only table of a section, without its head."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_table_of_predictions_is_their_schema() -> None:
+    """Names, types and order."""
+    types = {
+        "string": pa.string(),
+        "int32": pa.int32(),
+        "float32": pa.float32(),
+        "float64": pa.float64(),
+        "timestamp(us)": pa.timestamp("us"),
+        "timestamp(us, UTC)": pa.timestamp("us", tz="UTC"),
+        "struct, a float32 for each class": pa.struct({"a": pa.float32(), "b": pa.float32()}),
+    }
+    told = [
+        (name, types[kind])
+        for names, kind, _ in table("Predictions")
+        for name in re.findall("`(.+?)`", names)
+    ]
+    assert told == [(field.name, field.type) for field in scoring.schema(("a", "b"))]
+
+
+def test_the_table_of_exit_codes_is_the_code() -> None:
+    told = {int(code): meaning for code, meaning in table("Exit codes")}
+    named = {
+        errors.EXIT_USER_ERROR: "something that was given is wrong",
+        errors.EXIT_IN_USE: "another job is at work",
+        errors.EXIT_TOO_MANY_FAILED: "more than `--max_failed` of the night failed",
+        errors.EXIT_WORSE: "the candidate is worse",
+        terminal.EXIT_TERMINATED: "ended by SIGTERM",
+        terminal.EXIT_INTERRUPTED: "interrupted",
+    }
+    assert told.keys() == {0, 1, *named}
+    for code, words in named.items():
+        assert words in told[code]
+
+
+def test_shards_have_the_columns_that_are_told() -> None:
+    (told,) = re.findall(r"data/shards/ +\*\.parquet +(.*)", README.read_text())
+    names = re.sub(r" \(.*?\)", "", told).split(", ")
+    assert names == shards.SCHEMA.names
+
+
+def test_metrics_json_has_the_figures_that_are_told() -> None:
+    (told,) = re.findall(
+        r"`metrics\.json` has, for each split, (.*?), from every", README.read_text(), re.S
+    )
+    tally = metrics.tally(np.eye(2, dtype=np.float32), np.array([0, 1]))
+    names = re.findall("`(.+?)`", told)
+    assert len(names) == 9
+    assert set(names) <= metrics.scores(tally, ["a", "b"]).keys()
+
+
+def test_the_table_of_variables_is_what_the_client_reads() -> None:
+    """But for the two that only old servers need, which stand in the module alone."""
+    told = set(re.findall(r"AWS_\w+", section("Object storage")))
+    assert s3.__doc__
+    known = set(re.findall(r"AWS_\w+", s3.__doc__))
+    assert known - told == {
+        "AWS_REQUEST_CHECKSUM_CALCULATION",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    }
+    assert told <= known
+
+
+def test_defaults_in_the_text_are_those_of_the_settings() -> None:
+    text = " ".join(README.read_text().split())
+    for model, name, words in (
+        (PromoteSettings, "margin", "below `--margin` ({:g} point)"),
+        (PrepareSettings, "shard_mb", "A shard is about {:g} MB"),
+        (PrepareSettings, "row_group", "in row groups of {:g}."),
+    ):
+        assert words.format(model.model_fields[name].default) in text
+    assert TrainSettings.model_fields["views"].default == 8
+    assert "over eight views of each photograph" in text
+    target = TrainSettings.model_fields["precision_target"].default
+    assert f"was right in {target:.0%}".replace("%", " %") in text
