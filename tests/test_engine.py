@@ -263,3 +263,79 @@ def test_int8_that_cannot_be_checked_is_refused_at_once(
     with pytest.raises(UserError, match="checked on the validation split") as caught:
         runs.train(settings_of(data_set, tmp_path))
     assert caught.value.reason == "int8-unchecked"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("openvino", "int8", "the model carries it")),
+        ({"engine": "openvino"}, ("openvino", "int8", "the model carries it")),
+        ({"precision": "int8", "engine": "openvino"}, ("openvino", "int8", "as set")),
+        ({"precision": "int8"}, ("openvino", "int8", "as set")),
+        ({"precision": "bfloat16"}, ("openvino", "bfloat16", "as set")),
+        ({"precision": "float32", "gpu": True}, ("tensorflow", "float32", "as set")),
+        ({"precision": "float32", "installed": False}, ("tensorflow", "float32", "as set")),
+        (
+            {"engine": "tensorflow", "precision": "bfloat16", "best_float": "float32"},
+            ("tensorflow", "bfloat16", "as set"),
+        ),
+        ({"gpu": True}, ("tensorflow", "bfloat16", "the best this machine has")),
+        (
+            {"has_int8": False, "best_float": "float32"},
+            ("openvino", "float32", "the best this machine has"),
+        ),
+    ],
+)
+def test_the_choice_and_why(changes: dict[str, Any], expected: tuple[str, str, str]) -> None:
+    assert engine.choose(**{**AUTO, **changes}) == expected
+
+
+def test_features_are_what_the_network_gives_for_the_pixels() -> None:
+    seen = []
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        seen.append(pixels)
+        return np.full((len(pixels), backbone.FEATURES), 7, np.float32)
+
+    made = engine.Engine("tensorflow", "float32", "", 4, None, forward)
+    pixels = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    np.testing.assert_array_equal(made.features(pixels), np.full((3, 2048), 7))
+    (given,) = seen
+    np.testing.assert_array_equal(given, pixels)
+    # Of no photographs there are no features, and no network is run.
+    none = made.features(pixels[:0])
+    assert (none.shape, str(none.dtype), len(seen)) == ((0, 2048), "float32", 1)
+    wrong: Any
+    for wrong in (pixels.astype(np.int16), pixels[..., :1], pixels[:, :3], pixels[:, :, :3]):
+        with pytest.raises(ValueError, match=r"need uint8 pixels of shape \[B, 4, 4, 3\], got"):
+            made.features(wrong)
+        with pytest.raises(ValueError, match="need uint8 pixels"):
+            made.features(wrong[:0])
+
+
+@pytest.mark.parametrize(
+    ("precision", "int8", "expected"),
+    [("int8", b"x", "of int8"), ("float32", b"x", "of floats"), ("auto", None, "of floats")],
+)
+def test_thresholds_are_those_of_the_precision(
+    precision: str, int8: bytes | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the network is made of what was asked for."""
+    reviews = {"of floats": Review(0.8, 0.95, 60.0), "of int8": Review(0.9, 0.95, 70.0)}
+    made: dict[str, Any] = {
+        **{"url": "", "model_id": "", "class_names": ("a",), "image_size": 48},
+        **{"convolutions": {}, "head": [], "description": {}, "int8": int8},
+    }
+    model = Bundle(**made, review=reviews["of floats"], int8_review=reviews["of int8"])
+    asked = []
+    monkeypatch.setattr(openvino_graph, "installed", lambda: True)
+    monkeypatch.setattr(backbone, "choose_precision", lambda *_, **__: ("float32", ""))
+    monkeypatch.setattr(engine, "_openvino", lambda *given: asked.append(given))
+    found = engine.open_engine(
+        model, engine="openvino", precision=precision, threads=3, gpu=False, batch_size=4
+    )
+    chosen = "float32" if precision == "auto" else precision
+    assert asked == [(model, chosen, 3)]
+    assert (found.name, found.precision, found.image_size) == ("openvino", chosen, 48)
+    assert found.why == ("the best this machine has" if precision == "auto" else "as set")
+    assert found.review == reviews[expected]
