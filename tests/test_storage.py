@@ -374,6 +374,46 @@ def test_where_requests_go(
     assert url in (fs.sign(path) if environment.get("AWS_ENDPOINT_URL") != "" else endpoint)
 
 
+def client(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Any:
+    """What talks to S3 with these variables and no server behind it."""
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    use_server(monkeypatch, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"} | keys | environment)
+    fs: Any
+    fs, _ = storage.filesystem("s3://bucket/a")
+    return fs
+
+
+def test_a_session_token_goes_with_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As temporary keys need it: signed into every request."""
+    signed = client(monkeypatch, {"AWS_SESSION_TOKEN": "of-an-hour"}).sign("bucket/a")
+    assert "x-amz-security-token=of-an-hour" in signed.lower()
+    assert "token" not in client(monkeypatch, {}).sign("bucket/a").lower()
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "tries"),
+    [
+        ({}, "standard", 5),
+        ({"AWS_RETRY_MODE": "adaptive"}, "adaptive", 5),
+        ({"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "9"}, "standard", 9),
+    ],
+)
+def test_how_and_how_often_a_request_is_tried(
+    environment: dict[str, str], mode: str, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retries = client(monkeypatch, environment).s3.meta.config.retries
+    assert (retries["mode"], retries["total_max_attempts"]) == (mode, tries)
+
+
+@pytest.mark.parametrize("tries", ["0", "-1", "many", "1.5"])
+def test_a_number_of_tries_that_cannot_be_is_refused(
+    tries: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=f"AWS_MAX_ATTEMPTS is '{tries}'") as caught:
+        client(monkeypatch, {"AWS_MAX_ATTEMPTS": tries})
+    assert caught.value.reason == "bad-environment"
+
+
 def test_a_certificate_of_ones_own(
     moto: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
