@@ -1080,3 +1080,10 @@ def test_the_kind_is_told_from_the_first_bytes_alone() -> None:
 def test_a_picture_of_one_pixel_is_the_mean() -> None:
     pixels = np.array([[[0, 10, 20], [100, 50, 40]]], np.uint8)
     assert decode(encode(pixels, "PNG"), 1).pixels.tolist() == [[[50, 30, 30]]]
+
+
+def test_a_picture_is_decoded_where_there_is_no_filter_of_warnings_at_all() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        assert decode(WARNS[0], 16).width == 16
+    assert caught == []
