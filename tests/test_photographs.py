@@ -1,6 +1,8 @@
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,21 @@ def test_an_order_mixes_the_examples_of_a_window_and_its_shards() -> None:
     assert set(windows[0]) != {0, 1, 2, 3}
     for changed in ({"seed": 4, "epoch": 0}, {"seed": 3, "epoch": 1}):
         assert (photographs.streamed_order(rows, **changed) != order).any()
+
+
+def test_processes_that_open_a_split_at_once_decode_it_once(
+    three_shards: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for the first; each opens the lock for itself, as threads do here."""
+    decoded: list[int] = []
+
+    def slowly(data: bytes, size: int) -> Any:
+        decoded.append(size)
+        time.sleep(0.01)
+        return decode(data, size)
+
+    monkeypatch.setattr(photographs, "decode", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: opened(three_shards, max_local=1e9), range(3)))
+    assert len(decoded) == 18
+    assert len({each.folder for each in found}) == 1
