@@ -250,3 +250,13 @@ def test_thumbnails_stay_where_there_are_no_more_than_the_limit() -> None:
     assert thumbnails.of(table)[1] == {"image": "1.jpg", "version": "1", "thumbnail": b"1"}
     explained = table.append_column("explained", pa.array([b"x"] * 4))
     assert [row["explained"] for row in thumbnails.of(explained)] == [b"x"] * 3
+
+
+def test_the_first_is_made_where_there_is_room_for_one() -> None:
+    assert thumbnails.LIMIT == 500  # a page of 3 MB
+    maker = thumbnails.Maker(limit=1)
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    for confidence, makes in ((0.5, True), (0.75, False), (0.25, True), (0.5, False)):
+        table = rows(["low-confidence"], [confidence], [1.0])
+        found = maker.attach(table, pixels, np.array([0]))["thumbnail"]
+        assert (found.null_count == 0) == makes
