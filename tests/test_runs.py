@@ -11,9 +11,28 @@ import pytest
 import yaml
 from PIL import Image
 
-from leafnet import bundle, config, evaluation, lock, runs, shards, storage, terminal
+from leafnet import (
+    backbone,
+    bundle,
+    config,
+    evaluation,
+    features,
+    inference,
+    lock,
+    metrics,
+    openvino_graph,
+    runs,
+    shards,
+    storage,
+    terminal,
+)
+from leafnet.classifier import head_logits
 from leafnet.config import EvaluateSettings, TrainSettings
 from leafnet.errors import EXIT_IN_USE, UserError
+from leafnet.images import decode
+from leafnet.inference import Quantized
+from leafnet.openvino_graph import Int8
+from leafnet.review import Outcomes
 from leafnet.shards import ShardIndex
 from tests import test_tensorboard
 from tests.conftest import write_data_set
@@ -305,3 +324,85 @@ def test_a_job_that_evaluates_has_its_log_beside_its_metrics(
     evaluation.run(EvaluateSettings(model=model, shards=data_set.root, out=str(out)))
     assert {path.name for path in tmp_path.iterdir()} == {"of_test.json", "of_test.log"}
     assert "INFO leafnet: evaluate     9 of 9 images" in (tmp_path / "of_test.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def in_vain(
+    local_ray: None, data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run whose fine-tuning ruins the network and whose int8 finds no photograph's class.
+
+    Beside it were features of a network that nobody has used for longest.
+    """
+    out = tmp_path_factory.mktemp("in_vain")
+    old = str(out / "features" / "old")
+    features.mark_used(old)
+    storage.write_bytes(storage.join(old, "part.parquet"), bytes(1000))
+    wrong = Outcomes(np.full(9, 0.9, np.float32), np.zeros(9, bool), np.zeros(9, np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_graph, "installed", lambda *, quantizer=False: True)
+        patch.setattr(inference, "quantize", lambda *_, **__: Quantized(Int8(b"", b""), 36, wrong))
+        runs.train(
+            settings(
+                data_set,
+                out,
+                image_size=32,
+                views=1,
+                int8=True,
+                fine_tune={"blocks": 1, "epochs": 2, "learning_rate": 0.05, "warmup_epochs": 0},
+                cache={"max_gb": 1e-9},
+            )
+        )
+    return out / "leaves"
+
+
+def test_where_fine_tuning_does_not_help_the_head_alone_is_published(
+    in_vain: Path, data_set: ShardIndex
+) -> None:
+    told = storage.read_json(str(in_vain / "run.json"))["fine_tune"]
+    assert (told["published"], told["best_epoch"], told["epochs"]) == (False, 0, 2)
+    assert storage.read_json(str(in_vain / "metrics.json")).keys() == {"test", "valid", "train"}
+    before, after = (
+        storage.read_json(str(in_vain / name))["test"]
+        for name in ("metrics_head.json", "metrics.json")
+    )
+    assert {name: after[name] for name in before} == before
+    assert "which is published" in (in_vain / "train.log").read_text()
+    model = bundle.load(str(in_vain / "model"))
+    weights = backbone.load_weights("random").convolutions
+    assert all(np.array_equal(model.convolutions[name][0], weights[name][0]) for name in weights)
+
+
+def test_the_head_alone_gives_the_figures_that_are_told(
+    in_vain: Path, data_set: ShardIndex
+) -> None:
+    model = bundle.load(str(in_vain / "model"))
+    tables = list(shards.row_groups(data_set.root, data_set.of_split("test")[0]))
+    images = [image for table in tables for image in table["image"].to_pylist()]
+    labels = np.array([label for table in tables for label in table["label"].to_pylist()])
+    pixels = np.stack([decode(image, 32).pixels for image in images])
+    precision = storage.read_json(str(in_vain / "run.json"))["precision"]
+    logits = head_logits(model.head, model.features(pixels, precision=precision))
+    found = metrics.scores(metrics.tally(logits, labels), data_set.class_names)
+    told = storage.read_json(str(in_vain / "metrics.json"))["test"]
+    assert found["confusion"] == told["confusion"]
+    assert found["log_loss"] == pytest.approx(told["log_loss"], abs=5e-3)
+
+
+def test_int8_that_costs_accuracy_is_left_out_of_the_model(in_vain: Path) -> None:
+    model = bundle.load(str(in_vain / "model"))
+    told = model.description["int8"]
+    assert told["valid_accuracy_float"] > 0.3
+    assert (told["valid_accuracy"], told["accepted"], model.int8) == (0, False, None)
+    assert not list((in_vain / "model").glob("*.int8.*"))
+    assert "refused, it falls by more than 0.5 points" in (in_vain / "train.log").read_text()
+    assert "refused" in (in_vain / "model" / "MODEL_CARD.md").read_text()
+
+
+def test_the_cache_gives_up_what_was_not_used_for_longest_and_keeps_its_own(in_vain: Path) -> None:
+    (kept,) = (in_vain.parent / "features").iterdir()
+    assert kept.name != "old"
+    assert list(kept.rglob("*.parquet"))
+    assert (
+        f"evicted {in_vain.parent / 'features' / 'old'} from" in (in_vain / "train.log").read_text()
+    )
