@@ -1,19 +1,44 @@
 """Evaluating published models on a tiny data set, on the session's Ray."""
 
+import contextlib
+import io
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+from PIL import Image
 
-from leafnet import backbone, bundle, evaluation, shards
+from leafnet import (
+    backbone,
+    background,
+    bundle,
+    calibration,
+    cluster,
+    evaluation,
+    gallery,
+    inference,
+    metrics,
+    resampling,
+    shards,
+)
+from leafnet.bundle import Bundle
 from leafnet.classifier import initial_head
-from leafnet.config import EvaluateSettings
+from leafnet.cluster import Machines, Node
+from leafnet.config import DataSettings, EvaluateSettings
 from leafnet.errors import UserError
 from leafnet.evaluation import Described
 from leafnet.evaluation_tables import say_evaluation
+from leafnet.images import decode
+from leafnet.inference import Evaluated, Predictions
+from leafnet.local_cache import LocalCache
 from leafnet.shards import ShardIndex
+from tests.conftest import write_data_set
 from tests.test_calibration import simulated
 
 NAMES = ("early_blight", "healthy", "late_blight")
@@ -176,3 +201,421 @@ def test_a_data_set_prepared_in_groups_is_resampled_in_groups(
     assert groups[0] == groups[2]
     assert len(set(groups.tolist())) == 4
     assert evaluation.groups_of(data_set, keys) is None
+
+
+def small() -> Described:
+    """Eight examples of three classes, of which rows 1, 4, 5 and 7 are wrong."""
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    predicted = np.array([0, 2, 0, 1, 2, 1, 2, 1])
+    sure = np.array([0.9, 0.8, 0.6, 0.7, 0.5, 0.95, 0.55, 0.65])
+    probabilities = np.repeat((1 - sure)[:, None] / 2, 3, axis=1)
+    probabilities[np.arange(8), predicted] = sure
+    keys = [f"valid/{NAMES[label]}/farm_{i % 2}/{i}.jpg" for i, label in enumerate(labels)]
+    sizes = np.array([[100, 900]] * 3 + [[900, 300]] * 5, np.int32)
+    return Described(keys, labels, np.log(probabilities).astype(np.float32), sizes)
+
+
+def test_a_description_by_hand() -> None:
+    examples, groups = small(), np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    scores = evaluation.describe(
+        examples, NAMES, pattern=re.compile("(?P<number>[0-3])[.]"), groups=groups
+    )
+    assert (scores["accuracy"], scores["resampled_by_group"]) == (0.5, True)
+    # Nine tenths of eight are eight, rounded up.
+    assert scores["selective_accuracy_90"] == 0.5
+    confidence = metrics.softmax(examples.logits).max(axis=1)
+    assert scores["ece_if_calibrated"] == calibration.ece_if_calibrated(confidence)
+    found = resampling.intervals(examples.logits, examples.labels, groups=groups)
+    assert scores["intervals"] == {name: list(interval) for name, interval in found.items()}
+    assert scores["confused_pairs"][0] == {
+        "label": "late_blight",
+        "predicted": "healthy",
+        "count": 2,
+        "share": pytest.approx(2 / 3),
+    }
+    errors = [tuple(row.values()) for row in scores["confident_errors"]]
+    assert errors == [
+        ("valid/late_blight/farm_1/5.jpg", "late_blight", "healthy", pytest.approx(0.95)),
+        ("valid/early_blight/farm_1/1.jpg", "early_blight", "late_blight", pytest.approx(0.8)),
+        ("valid/late_blight/farm_1/7.jpg", "late_blight", "healthy", pytest.approx(0.65)),
+        ("valid/healthy/farm_0/4.jpg", "healthy", "late_blight", pytest.approx(0.5)),
+    ]
+    assert list(scores["confident_errors"][0]) == ["key", "label", "predicted", "confidence"]
+    assert list(scores["slices"]) == ["number", "shorter side [pixels]", "folder"]
+    told = {
+        name: {row["value"]: (row["examples"], row["accuracy"]) for row in rows}
+        for name, rows in scores["slices"].items()
+    }
+    assert told["shorter side [pixels]"] == {
+        "under 128": (3, pytest.approx(2 / 3)),
+        "256 to 511": (5, 0.4),
+    }
+    assert told["folder"] == {"farm_0": (4, 0.75), "farm_1": (4, 0.25)}
+    alone = {str(i): (1, float(i != 1)) for i in range(4)}
+    assert told["number"] == {**alone, "(no match)": (4, 0.25)}
+
+
+def test_a_description_without_groups_or_pattern() -> None:
+    examples = small()
+    scores = evaluation.describe(examples, NAMES)
+    assert scores["resampled_by_group"] is False
+    assert list(scores["slices"]) == ["shorter side [pixels]", "folder"]
+    found = resampling.intervals(examples.logits, examples.labels)
+    assert scores["intervals"]["accuracy"] == list(found["accuracy"])
+
+
+def test_suspects_are_told_with_what_they_seem_to_be() -> None:
+    labels = np.arange(120) % 3
+    logits = np.array(6 * np.eye(3)[labels], np.float32)
+    given = labels.copy()
+    given[[17, 61]] = [0, 2]  # they are of classes 2 and 1
+    keys = [f"{i}.jpg" for i in range(120)]
+    told = evaluation.describe(
+        Described(keys, given, logits, np.full((120, 2), 9, np.int32)), NAMES
+    )["likely_wrong_labels"]
+    of_label = pytest.approx(1 / (np.exp(6) + 2), rel=1e-3)
+    assert told["examples"] == 2
+    assert told["first"] == [
+        {"key": "17.jpg", "label": NAMES[0], "suggested": NAMES[2], "self_confidence": of_label},
+        {"key": "61.jpg", "label": NAMES[2], "suggested": NAMES[1], "self_confidence": of_label},
+    ]
+
+
+def test_fifty_of_each_kind_are_listed() -> None:
+    labels = np.repeat([0, 1, 2], [200, 60, 60])
+    logits = np.array(6 * np.eye(3)[labels], np.float32)
+    given = labels.copy()
+    given[:60] = 1
+    keys = [f"{i}.jpg" for i in range(320)]
+    examples = Described(keys, given, logits, np.full((320, 2), 9, np.int32))
+    scores = evaluation.describe(examples, NAMES)
+    assert [row["key"] for row in scores["confident_errors"]] == keys[:50]
+    assert scores["likely_wrong_labels"]["examples"] == 60
+    assert [row["key"] for row in scores["likely_wrong_labels"]["first"]] == keys[:50]
+    found = evaluation.compare(examples, np.roll(logits, 1, axis=1), NAMES)
+    assert (found["disagreements"], len(found["first"])) == (320, 50)
+
+
+def test_two_models_compared_by_hand() -> None:
+    ours = small()
+    others = ours.logits.copy()
+    others[[1, 4, 5, 7]] = 9 * np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
+    others[0] = [0, 9, 0]
+    groups = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    found = evaluation.compare(ours, others, NAMES, groups=groups)
+    # The other has 1, 2, 3, 6 and 7 right, this model 0, 2, 3 and 6.
+    expected = resampling.compare(
+        np.isin(range(8), [0, 2, 3, 6]), np.isin(range(8), [1, 2, 3, 6, 7]), groups=groups
+    )
+    assert (found["accuracy"], found["difference"]) == (0.625, -0.125)
+    assert (found["only_ours"], found["only_theirs"], found["mcnemar_p"]) == (1, 2, 1.0)
+    assert found["interval"] == list(expected.interval)
+    assert found["interval"] != evaluation.compare(ours, others, NAMES)["interval"]
+    assert found["disagreements"] == 4
+    early, healthy, late = NAMES
+    assert [tuple(row.values()) for row in found["first"]] == [
+        (ours.keys[0], early, early, healthy),
+        (ours.keys[1], early, late, early),
+        (ours.keys[4], healthy, late, early),
+        (ours.keys[7], late, healthy, late),
+    ]
+    assert list(found["first"][0]) == ["key", "label", "ours", "theirs"]
+    assert [kind["count"] for kind in found["kinds"]] == [1, 1, 1, 1]
+
+
+def test_the_most_frequent_kind_of_disagreement_is_first() -> None:
+    labels, mine = np.array([2, 0, 0, 1, 0]), np.array([2, 0, 0, 2, 0])
+    ours = Described([""] * 5, labels, np.eye(3, dtype=np.float32)[mine], np.zeros((5, 2), int))
+    found = evaluation.compare(ours, np.eye(3, dtype=np.float32)[[0, 1, 0, 1, 1]], "abc")
+    assert found["kinds"] == [
+        {"label": "a", "ours": "a", "theirs": "b", "count": 2},
+        {"label": "b", "ours": "c", "theirs": "b", "count": 1},
+        {"label": "c", "ours": "c", "theirs": "a", "count": 1},
+    ]
+
+
+def predictions(examples: Described, *, plain: Any = None) -> Predictions:
+    keys, labels, logits, sizes = examples
+    border = np.zeros((len(keys), background.STATISTICS), np.float32)
+    border[:, 3] = labels
+    plain = logits if plain is None else plain
+    return Predictions(list(keys), np.asarray(labels, np.int64), logits, plain, sizes, border)
+
+
+def test_what_more_views_change_by_hand() -> None:
+    made = predictions(small(), plain=4 * np.eye(3, dtype=np.float32)[[0, 0, 0, 2, 2, 1, 1, 1]])
+    found = evaluation._gain(made, Evaluated({}, 12.0, 1.5), views=8)
+    sure = np.exp(4) / (np.exp(4) + 2)
+    paired = resampling.compare(np.isin(range(8), [0, 2, 3, 6]), np.isin(range(8), [0, 1, 2]))
+    assert found == {
+        "views": 8,
+        "accuracy_without": 0.375,
+        "log_loss_without": pytest.approx((3 * -np.log(sure) + 5 * (4 - np.log(sure))) / 8),
+        "ece_without": pytest.approx(sure - 0.375),
+        "difference": 0.125,
+        "interval": list(paired.interval),
+        "mcnemar_p": 1.0,
+        "times_as_long": 8.0,
+    }
+
+
+def test_numbers_of_a_split_are_its_figures() -> None:
+    split = {"accuracy": 0.5, "examples": 3, "intervals": {"ece": [0, 1]}, "first": [], "what": "x"}
+    told = evaluation.figures({"test": split, "valid": {"ece": 0.25, "slices": {}}})
+    assert told == {"test": {"accuracy": 0.5, "examples": 3}, "valid": {"ece": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("plant_[0-9]", [0, 0, 1, 2, 3]),
+        ("[a-z]_([0-9])", [0, 0, 1, 2, 3]),
+        ("plant_([0-9])_", [0, 1, 2, 3, 4]),
+        ("([a-z]+)_[0-9]", [0, 0, 0, 1, 2]),
+    ],
+)
+def test_groups_of_a_pattern(
+    pattern: str, expected: list[int], data_set: ShardIndex, tmp_path: Path
+) -> None:
+    """Of the first group, or of the whole match; what does not match is alone."""
+    index = shards.write_index(
+        str(tmp_path),
+        class_names=data_set.class_names,
+        shards=data_set.shards,
+        counts=data_set.counts,
+        prepared={"settings": {"group": pattern}},
+    )
+    keys = ["plant_1_a.jpg", "plant_1.jpg", "plant_2.jpg", "other.jpg", "plant"]
+    groups = evaluation.groups_of(index, keys)
+    assert groups is not None
+    order = list(dict.fromkeys(groups.tolist()))
+    assert [order.index(group) for group in groups.tolist()] == expected
+
+
+def test_a_key_that_does_not_match_is_not_of_the_group_of_its_name(
+    data_set: ShardIndex, tmp_path: Path
+) -> None:
+    index = shards.write_index(
+        str(tmp_path),
+        class_names=data_set.class_names,
+        shards=data_set.shards,
+        counts=data_set.counts,
+        prepared={"settings": {"group": "of_(.*)"}},
+    )
+    groups = evaluation.groups_of(index, ["of_leaf", "leaf"])
+    assert groups is not None
+    assert groups[0] != groups[1]
+
+
+def test_a_cache_is_that_of_the_settings(data_set: ShardIndex, tmp_path: Path) -> None:
+    with_cache = DataSettings(local_cache=str(tmp_path), local_cache_gb=3.0)
+    found = evaluation.read_index(data_set.root, with_cache)
+    assert found.cache == LocalCache(str(tmp_path), 3.0)
+    assert evaluation.read_index(data_set.root, DataSettings()).cache is None
+
+
+@pytest.mark.parametrize(
+    ("out", "log"),
+    [("made/run", "made/run/evaluate.log"), ("made/numbers.json", "made/numbers.log")],
+)
+def test_the_log_is_beside_the_results(out: str, log: str, tmp_path: Path) -> None:
+    with evaluation._log(str(tmp_path / out)) as path:
+        assert path == tmp_path / log
+    with evaluation._log(None) as path:
+        assert path.name == "evaluate.log"
+        assert tmp_path not in path.parents
+
+
+def test_keys_and_sizes_are_in_the_order_of_the_gallery(data_set: ShardIndex) -> None:
+    keys, sizes = evaluation._keys(data_set, "valid")
+    assert keys == [f"valid/{i}.jpg" for i in range(9)]
+    tables = [shards.read_columns(data_set.root, s, ["image"]) for s in data_set.of_split("valid")]
+    images = [Image.open(io.BytesIO(each)) for t in tables for each in t["image"].to_pylist()]
+    assert sizes.tolist() == [list(image.size) for image in images]
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(5, 5), (9, 9), (36, 36), (99, 36)])
+def test_the_probe_reads_the_first_photographs(
+    wanted: int, expected: int, data_set: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_PROBED", wanted)
+    found = list(evaluation._first_photographs(data_set, "train"))
+    (table,) = [
+        shards.read_columns(data_set.root, s, ["image", "label"])
+        for s in data_set.of_split("train")
+    ]
+    assert [image for image, _ in found] == table["image"].to_pylist()[:expected]
+    assert [label for _, label in found] == [i % 3 for i in range(expected)]
+
+
+def test_a_probe_of_photographs_is_of_their_borders(data_set: ShardIndex) -> None:
+    told = evaluation._probe(data_set, "train", 0.75)
+    pixels = [
+        decode(image, 256).pixels for image, _ in evaluation._first_photographs(data_set, "train")
+    ]
+    expected = background.probe(
+        background.border(np.stack(pixels)), np.arange(36) % 3, model_accuracy=0.75
+    )
+    assert told is not None
+    assert told == expected
+
+
+CPU = Machines(gpus=0, actors=1, threads_per_actor=1, cpus_per_actor=1.0)
+
+
+@pytest.fixture
+def without_a_network(monkeypatch: pytest.MonkeyPatch, other_model: str) -> None:
+    """`small` is what every model says of each split, but `other_model` says class 0 always."""
+
+    def predict(model: Bundle, index: ShardIndex, splits: Any, **given: Any) -> Evaluated:
+        assert given["batch_size"] == 32
+        examples = small()
+        if model.url == other_model:
+            always = np.tile(np.array([[1, 0, 0]], np.float32), (8, 1))
+            examples = examples._replace(logits=always)
+        return Evaluated(dict.fromkeys(splits, predictions(examples)), 3.0 * given["views"], 3.0)
+
+    monkeypatch.setattr(inference, "predict", predict)
+    monkeypatch.setattr(cluster, "session", lambda _: contextlib.nullcontext([Node(2.0, 0.0)]))
+    monkeypatch.setattr(cluster, "choose_precision", lambda *_, **__: ("float32", "the best"))
+    monkeypatch.setattr(ray, "put", lambda value: value)
+
+
+@pytest.mark.usefixtures("without_a_network")
+def test_a_document_of_two_models(
+    random_model: str, other_model: str, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    out = tmp_path / "numbers.json"
+    evaluation.run(
+        settings(
+            random_model,
+            data_set,
+            split="all",
+            against=other_model,
+            tta="4",
+            out=str(out),
+            slice_by="farm_(.)",
+            gpu=False,
+        )
+    )
+    document = json.loads(out.read_text())
+    assert document["version"] == 1
+    assert document["model"] == {
+        "url": random_model,
+        "model_id": bundle.load(random_model).model_id,
+    }
+    assert document["against"] == {
+        "url": other_model,
+        "model_id": bundle.load(other_model).model_id,
+    }
+    assert document["data"] == {"shards": data_set.root, "fingerprint": data_set.fingerprint}
+    assert document["precision"] == "float32"
+    assert list(document["splits"]) == ["test", "valid", "train"]
+    scores = document["splits"]["valid"]
+    expected = evaluation.describe(small(), NAMES, pattern=re.compile("farm_(.)"))
+    assert {name: scores[name] for name in expected} == json.loads(json.dumps(expected))
+    assert list(scores["slices"]) == ["key", "shorter side [pixels]", "folder"]
+    # It names the three of class 0, and this model has four right.
+    assert (scores["against"]["accuracy"], scores["against"]["difference"]) == (0.375, 0.125)
+    assert scores["background"] is None
+    assert (scores["tta"]["views"], scores["tta"]["times_as_long"]) == (4, 4.0)
+
+
+@pytest.mark.usefixtures("without_a_network")
+def test_a_document_of_one_model_and_one_split(
+    random_model: str, data_set: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def make_gallery(index: ShardIndex, split: str, chosen: Any, **given: Any) -> list[Any]:
+        asked.append((split, len(chosen), given["image_size"], given["explain"]))
+        return []
+
+    monkeypatch.setattr(inference, "make_gallery", make_gallery)
+    evaluation.run(settings(random_model, data_set, out=str(tmp_path / "made"), gpu=False))
+    document, items = evaluation.read(str(tmp_path / "made"))
+    assert list(document["splits"]) == ["test"]
+    assert not {"against", "tta"} & set(document["splits"]["test"])
+    assert "against" not in document
+    assert (document["gallery"], items) == ({"split": "test", "items": []}, [])
+    chosen = gallery.choose(small().logits, small().labels)
+    assert asked == [("test", len(chosen), 32, True)]
+
+
+@pytest.mark.parametrize(
+    ("source", "explain"), [("random", False), ("imagenet", True), (None, True)]
+)
+def test_random_weights_see_nothing(random_model: str, source: str | None, explain: bool) -> None:
+    model = bundle.load(random_model)
+    description = {} if source is None else {"backbone": {"source": source}}
+    assert evaluation._sees_something(replace(model, description=description)) is explain
+
+
+@pytest.mark.usefixtures("without_a_network")
+def test_models_and_splits_that_do_not_fit_are_refused(
+    random_model: str, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    other = shutil.copytree(data_set.root, tmp_path / "other")
+    index = shards.write_index(
+        str(other),
+        class_names=("rust", "healthy", "mildew"),
+        shards=data_set.shards,
+        counts={},
+        prepared={},
+    )
+    with pytest.raises(UserError, match=r"has the classes early_blight, .* has rust, healthy"):
+        evaluation.run(settings(random_model, index))
+    trained = write_data_set(str(tmp_path / "trained"), {"train": 1, "valid": 1})
+    with pytest.raises(UserError, match="has no images in the test split"):
+        evaluation.run(settings(random_model, trained, gpu=False))
+
+
+def ended(index: ShardIndex, folder: Path, answers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `after_training` gives, with a gallery that tells what was asked of it."""
+    monkeypatch.setattr(inference, "make_gallery", lambda _, split, chosen, **given: [])
+    return evaluation.after_training(
+        str(folder),
+        index,
+        answers=answers,
+        model_url="runs/x/model",
+        model_id="abc",
+        convolutions=None,
+        head=[],
+        image_size=32,
+        precision="bfloat16",
+        machines=CPU,
+        explain=False,
+    )
+
+
+def test_the_evaluation_of_a_run_that_ends(
+    data_set: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ended(data_set, tmp_path / "none", {}, monkeypatch) == []
+    assert not (tmp_path / "none").exists()
+    labels = np.arange(9) % 3
+    valid = np.array(3 * np.eye(3)[(labels + (labels == 1)) % 3], np.float32)
+    test = np.array(2 * np.eye(3)[labels], np.float32)
+    answers = {"valid": (valid, labels), "test": (test, labels)}
+    assert ended(data_set, tmp_path / "made", answers, monkeypatch) == []
+    document, items = evaluation.read(str(tmp_path / "made"))
+    assert items == []
+    told = {name: document[name] for name in ("version", "model", "data", "engine", "precision")}
+    assert told == {
+        "version": 1,
+        "model": {"url": "runs/x/model", "model_id": "abc"},
+        "data": {"shards": data_set.root, "fingerprint": data_set.fingerprint},
+        "engine": "tensorflow",
+        "precision": "bfloat16",
+    }
+    assert document["gallery"]["split"] == "test"
+    assert list(document["splits"]) == ["test", "valid"]
+    scores = document["splits"]["valid"]
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+    assert [row["key"] for row in scores["confident_errors"]] == [
+        f"valid/{i}.jpg" for i in (1, 4, 7)
+    ]
+    assert document["splits"]["test"]["accuracy"] == 1.0
+    # Three photographs of a class are too few for five folds.
+    assert document["splits"]["test"]["background"] is None
+    assert "background" not in scores
