@@ -164,6 +164,7 @@ def test_a_fit_is_adamw_on_the_smoothed_and_weighted_loss() -> None:
         np.testing.assert_allclose([row[name] for row in rows], means, rtol=1e-4)
     np.testing.assert_allclose([row["learning_rate"] for row in rows], rates[3::4], rtol=1e-4)
     assert [state.step for state in saved] == [3, 4, 6, 8, 9, 12]
+    assert (saved[0].best_epoch, saved[0].best_loss) == (0, np.inf)  # within the first epoch
 
 
 @pytest.mark.parametrize(
@@ -431,6 +432,51 @@ def test_the_features_of_a_piece_fit_into_their_share_of_memory(
     fit(data, epochs=1, batch_size=2, units=(), hooks=Hooks(doing=told.append))
     steps = [what.split("step ")[1] for what in told if what.startswith("training")]
     assert steps == ["1 to 3", "4 to 6", "7 to 8"]
+
+
+def test_sixteen_mebibytes_of_features_are_read_at_a_time(slow: SlowClock) -> None:
+    """Sixteen rows of 16,384 float32 a step are one; the first piece is short in any case."""
+    values = np.broadcast_to(np.float32(0), (40 * 16, 16_384))
+    data = plain_data(values, [i % 3 for i in range(40 * 16)])
+    told: list[str] = []
+    fit(data, epochs=1, batch_size=16, units=(), hooks=Hooks(doing=told.append))
+    steps = [what.split("step ")[1] for what in told if what.startswith("training")]
+    assert steps == ["1 to 8", "9 to 24", "25 to 40"]
+
+
+def test_a_step_takes_what_it_does_in_the_mean_of_the_workers(
+    slow: SlowClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that take 0.25 s each, pieces of a second are four steps."""
+    data = plain_data(np.ones((40, 2), np.float32), [i % 3 for i in range(40)])
+    monkeypatch.setattr(training._Learner, "sum_over_workers", lambda learner, values: 2 * values)
+
+    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
+        slow.now += 0.25 * indices.size
+        return data.gather(indices, epoch)
+
+    told: list[str] = []
+    training.fit_head(
+        dataclasses.replace(data, gather=gather),
+        settings=HeadSettings(units=(), epochs=1, batch_size=2),
+        num_classes=3,
+        seed=0,
+        place=Place(0, 2),
+        report=lambda row: None,
+        hooks=Hooks(doing=told.append),
+    )
+    steps = [what.split("step ")[1] for what in told if what.startswith("training")]
+    assert steps == ["1 to 8", "9 to 12", "13 to 16", "17 to 20"]
+
+
+def test_a_head_that_is_certain_and_right_has_nothing_to_learn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_from([(np.zeros((2, 3)), np.array([1000, 0, 0]))], monkeypatch)
+    data = plain_data(np.zeros((4, 2), np.float32), [0, 0, 0, 0])
+    final, rows, _ = fit(data, epochs=1, batch_size=4, **{**STILL, "units": ()})
+    assert (rows[0]["train_loss"], rows[0]["train_accuracy"]) == (0, 1)
+    np.testing.assert_array_equal(final.head[0][1], [1000, 0, 0])
 
 
 def test_a_state_is_due_at_its_age_and_at_its_step(slow: SlowClock) -> None:
@@ -708,7 +754,7 @@ def test_without_validation_the_last_epoch_is_kept() -> None:
         data, valid=SplitFeatures(data.valid.features[:0], data.valid.labels[:0])
     )
     final, rows, _ = fit(data, epochs=3)
-    assert final.best_epoch == 3
+    assert (final.best_epoch, final.best_loss) == (3, np.inf)
     assert "valid_loss" not in rows[0]
 
 
