@@ -21,7 +21,8 @@ from tests import s3_server
 from tests.left_out import leave_out, summary
 from tests.s3_server import Server
 
-LIMITS_S = {"faults": 1800, "slow": 900, "ray": 900}  # of a test with this mark and no limit of its own
+# Of a test with this mark and no limit of its own.
+LIMITS_S = {"faults": 1800, "slow": 900, "ray": 900}
 
 
 def pytest_configure() -> None:
