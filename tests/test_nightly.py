@@ -225,6 +225,7 @@ def test_actors_leave_cpus_to_the_tasks_that_feed_them(
     nodes: list[Node], changes: dict[str, Any]
 ) -> None:
     pool = nightly._pool(nodes, settings("m", Path("in"), Path("out"), **changes))
+    assert pool.actors >= 1
     assert pool.actors == changes.get("workers", pool.actors)
     left = [node.cpus for node in nodes]
     for _ in range(pool.actors):  # wherever Ray puts them
@@ -634,11 +635,12 @@ def test_a_store_that_goes_away_and_a_photograph_that_kills(
         assert "INFO leafnet: tonight" not in log.read_text()  # from the work on
         assert "INFO leafnet: device" in log.read_text()
         kept = sum(len(pd.read_parquet(path)) for path in out.glob("_staging/*/part-*"))
+        assert 0 < kept <= Outage.PASSED
 
         proxy.away = False
         jobs.append(Job(arguments, said, **environment))
         assert jobs[-1].process.wait(200) == 0, said.read_text()
-    assert kept == 0 or f"goes on   {kept:,} photographs were finished" in said.read_text()
+    assert f"goes on   {kept:,} photographs were finished" in said.read_text()
     frame = pd.read_parquet(out).set_index("image")
     assert len(frame) == 200
     assert frame.index.is_unique
