@@ -66,6 +66,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "config": (),
     "evaluation": (),
     "plan": (),
+    "fitting": (),
+    "workers": (),
+    "results": (),
+    "rehearsal": (),
+    "tuning": (),
+    "answers": (),
+    "labelstudio": (),
+    "cam": (),
 }
 # Imported once, before the processes that run the tests are forked.
 _HEAVY = ("tensorflow", "keras", "ray", "ray.data", "pyarrow.parquet", "scipy.optimize", "cv2")
@@ -155,6 +163,8 @@ def _copy(folder: Path) -> Path:
 
 def _run_all(drawn: dict[str, list[Mutant]], copies: list[Path]) -> dict[str, _Score]:
     """Run the tests on every mutant, one in each of the copies at a time."""
+    # As many processes as processors: more threads would only wait for each other.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     for name in _HEAVY:
         importlib.import_module(name)
     # Processes are forked with the modules above, and must import leafnet from their copy.

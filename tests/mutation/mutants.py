@@ -40,6 +40,8 @@ _CALLED = {
     **{"startswith": "endswith", "endswith": "startswith", "union": "intersection"},
     **{"reduce_sum": "reduce_mean", "reduce_mean": "reduce_sum"},
 }
+# The order of two arguments is the same to them.
+_SYMMETRIC = {"min", "max", "minimum", "maximum", "equal", "logical_and", "logical_or", "gcd"}
 # Calls that tell a person something, and decide no number and no row.
 _TOLD = {"say", "print", "doing", "long", "started", "advance", "log", "warn", "info", "debug"}
 
@@ -242,10 +244,12 @@ class _Finder(ast.NodeVisitor):
                 else node.func
             )
             self._swap(node, ast.Call(function, node.args, node.keywords))
-        if len(node.args) == 2 and not any(isinstance(each, ast.Starred) for each in node.args):
+        starred = any(isinstance(each, ast.Starred) for each in node.args)
+        if len(node.args) == 2 and not starred and name not in _SYMMETRIC:
             self._swap(node, ast.Call(node.func, node.args[::-1], node.keywords))
         for i, keyword in enumerate(node.keywords):
-            if keyword.arg is not None:
+            # `strict` asserts of two lists what is so already.
+            if keyword.arg not in (None, "strict"):
                 rest = [*node.keywords[:i], *node.keywords[i + 1 :]]
                 self._swap(node, ast.Call(node.func, node.args, rest))
         self.generic_visit(node)
