@@ -15,9 +15,15 @@ from leafnet import config
 from tests import docs
 
 ROOT = Path(__file__).parents[1]
+# What is written by hand on how to use leafnet. tests/test_manifests.py knows cluster/README.md.
+GUIDES = [
+    *("README.md", "jobs/README.md", "jobs/OUTPUTS.md", "leafnet/README.md"),
+    *("cluster/FAULTS.md", "cluster/STORAGE.md", "cluster/TROUBLESHOOTING.md"),
+    "tests/benchmarks/README.md",
+]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "leafnet/README.md", "jobs/SETTINGS.md"),
-    *("cluster/README.md", "cluster/TROUBLESHOOTING.md"),
+    *(*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "jobs/SETTINGS.md"),
+    *("cluster/README.md", "cluster/SCALING.md"),
 ]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
@@ -112,7 +118,7 @@ def test_links_lead_somewhere(page: str) -> None:
         assert (path.parent / link).exists(), f"{page} links to {link}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "leafnet/README.md", "cluster/TROUBLESHOOTING.md"])
+@pytest.mark.parametrize("page", GUIDES)
 def test_settings_in_the_text_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     if page.endswith("TROUBLESHOOTING.md"):
@@ -131,6 +137,20 @@ def test_one_version_everywhere() -> None:
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] in (version, "Unreleased")
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides_are_short(page: str) -> None:
+    """Two screens for the README, three for each other page; a generated table does not count."""
+    text = (ROOT / page).read_text()
+    own = re.sub(r"<!-- modules -->.*<!-- /modules -->", "", text, flags=re.DOTALL)
+    assert len(own.splitlines()) <= (110 if page == "README.md" else 130)
+
+
+def test_every_guide_is_on_the_front_page() -> None:
+    """A page that no link leads to is not read."""
+    linked = set(re.findall(r"\]\(([^)#:]+\.md)\)", (ROOT / "README.md").read_text()))
+    assert {*PAGES} - linked == {"README.md"}
 
 
 def test_contributing_fits_a_screen() -> None:

@@ -1,4 +1,7 @@
-"""Every command in README.md's code blocks: the local ones run in order, the others are parsed."""
+"""What README.md and the pages behind it say: commands, tables, defaults.
+
+Every command in a code block is checked: the local ones run in order, the others are parsed.
+"""
 
 import importlib.util
 import re
@@ -31,10 +34,17 @@ from tests import docs
 from tests.docs import load
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+JOBS = ROOT / "jobs" / "README.md"
+OUTPUTS = ROOT / "jobs" / "OUTPUTS.md"
+STORAGE = ROOT / "cluster" / "STORAGE.md"
+# In the order in which a newcomer reads them; tests/test_manifests.py checks cluster/README.md.
+PAGES = [
+    *(ROOT / "README.md", JOBS, OUTPUTS, ROOT / "leafnet" / "README.md"),
+    *(STORAGE, ROOT / "cluster" / "FAULTS.md", ROOT / "tests" / "benchmarks" / "README.md"),
+]
 # What makes a command one for a cluster or a bucket, or leaves something for the reader to fill in.
 ELSEWHERE = re.compile(r"…|://|\b[A-Z]{4,}\b")
-# Beside what the README says, so that it takes seconds: a small network on small pictures.
+# Beside what the pages say, so that it takes seconds: a small network on small pictures.
 QUICK = {
     "train": [
         *("--weights", "random", "--image_size", "48", "--views", "2"),
@@ -47,8 +57,12 @@ PROGRAMS = {"python", "make", "ray", "pip", "source", "tensorboard", "export", "
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of every code block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    """(language, text) of every code block of all pages."""
+    return [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands() -> list[list[str]]:
@@ -90,6 +104,25 @@ def test_commands_that_are_not_run_are_right(
 ) -> None:
     monkeypatch.chdir(ROOT)
     check(words)
+
+
+def inline() -> list[str]:
+    """The commands in the text and the tables of the pages, without repetitions."""
+    text = "\n".join(re.sub(r"^```.*?^```", "", p.read_text(), flags=re.M | re.S) for p in PAGES)
+    return sorted(set(re.findall(r"`((?:python|make|ray|pip|tensorboard) [^`\n]+)`", text)))
+
+
+@pytest.mark.parametrize("command", inline())
+def test_commands_in_the_text_are_right(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of jobs only the names of the settings: the text may leave out what is always given."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    job = job_of(words)
+    if job is None:
+        check(words)
+    else:
+        known = {name for name, _ in config.leaves(docs.jobs()[job])}
+        assert {word[2:] for word in words if word.startswith("--")} <= known | {"help", "config"}
 
 
 def check(words: list[str]) -> None:
@@ -162,7 +195,7 @@ def test_what_is_wrong_is_found() -> None:
 def test_the_local_commands_in_order(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder with drawn leaves where the README has photographs, and what its commands make."""
+    """A folder with drawn leaves where the pages have photographs, and what the commands make."""
     demo.write_photographs(tmp_path / "photos", per_class=16)
     demo.write_photographs(tmp_path / "labelled", per_class=2, seed=1)
     (tmp_path / "incoming").mkdir()
@@ -185,20 +218,15 @@ def test_the_local_commands_in_order(
     assert done[:4] == ["prepare", "train", "evaluate", "score"]
     for language, text in blocks():
         if language == "python":
-            exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+            exec(compile(text, "page", "exec"), {"__name__": "__main__"})
     assert list(tmp_path.glob("predictions/date=*/*.parquet"))
     assert (tmp_path / "runs" / "potato" / "tensorboard" / "train").is_dir()
 
 
-def section(title: str) -> str:
-    """The text below a heading."""
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README.read_text(), re.M | re.S)
-    return str(text)
-
-
-def table(title: str) -> list[list[str]]:
+def table(page: Path, title: str) -> list[list[str]]:
     """The cells of the only table of a section, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", page.read_text(), re.M | re.S)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -215,20 +243,20 @@ def test_the_table_of_predictions_is_their_schema() -> None:
     }
     told = [
         (name, types[kind])
-        for names, kind, _ in table("Predictions")
+        for names, kind, _ in table(OUTPUTS, "Predictions")
         for name in re.findall("`(.+?)`", names)
     ]
     assert told == [(field.name, field.type) for field in scoring.schema(("a", "b"))]
 
 
 def test_the_table_of_exit_codes_is_the_code() -> None:
-    told = {int(code): meaning for code, meaning in table("Exit codes")}
+    told = {int(code): meaning for code, meaning in table(JOBS, "Exit codes")}
     named = {
-        errors.EXIT_USER_ERROR: "something that was given is wrong",
-        errors.EXIT_IN_USE: "another job is at work",
-        errors.EXIT_TOO_MANY_FAILED: "more than `--max_failed` of the night failed",
+        errors.EXIT_USER_ERROR: "a setting or an input is wrong",
+        errors.EXIT_IN_USE: "another job is using `--out`, the run `--name` or the registry",
+        errors.EXIT_TOO_MANY_FAILED: "more than `--max_failed` percent of the night failed",
         errors.EXIT_WORSE: "the candidate is worse",
-        terminal.EXIT_TERMINATED: "ended by SIGTERM",
+        terminal.EXIT_TERMINATED: "terminated by SIGTERM",
         terminal.EXIT_INTERRUPTED: "interrupted",
     }
     assert told.keys() == {0, 1, *named}
@@ -237,14 +265,14 @@ def test_the_table_of_exit_codes_is_the_code() -> None:
 
 
 def test_shards_have_the_columns_that_are_told() -> None:
-    (told,) = re.findall(r"data/shards/ +\*\.parquet +(.*)", README.read_text())
+    (told,) = re.findall(r"data/shards/ +\*\.parquet +(.*)", OUTPUTS.read_text())
     names = re.sub(r" \(.*?\)", "", told).split(", ")
     assert names == shards.SCHEMA.names
 
 
 def test_metrics_json_has_the_figures_that_are_told() -> None:
     (told,) = re.findall(
-        r"`metrics\.json` has, for each split, (.*?), from every", README.read_text(), re.S
+        r"`metrics\.json` has, for each split, (.*?), from every", OUTPUTS.read_text(), re.S
     )
     tally = metrics.tally(np.eye(2, dtype=np.float32), np.array([0, 1]))
     names = re.findall("`(.+?)`", told)
@@ -254,7 +282,7 @@ def test_metrics_json_has_the_figures_that_are_told() -> None:
 
 def test_the_table_of_variables_is_what_the_client_reads() -> None:
     """But for the two that only old servers need, which stand in the module alone."""
-    told = set(re.findall(r"AWS_\w+", section("Object storage")))
+    told = set(re.findall(r"AWS_\w+", STORAGE.read_text()))
     assert s3.__doc__
     known = set(re.findall(r"AWS_\w+", s3.__doc__))
     assert known - told == {
@@ -265,7 +293,7 @@ def test_the_table_of_variables_is_what_the_client_reads() -> None:
 
 
 def test_defaults_in_the_text_are_those_of_the_settings() -> None:
-    text = " ".join(README.read_text().split())
+    text = " ".join(" ".join(page.read_text() for page in PAGES).split())
     for model, name, words in (
         (PromoteSettings, "margin", "below `--margin` ({:g} point)"),
         (PrepareSettings, "shard_mb", "A shard is about {:g} MB"),
