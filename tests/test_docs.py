@@ -15,16 +15,17 @@ from leafnet import config
 from tests import docs
 
 ROOT = Path(__file__).parents[1]
-# What is written by hand on how to use leafnet. tests/test_manifests.py knows cluster/README.md.
+# What is written by hand on how to use leafnet, without what tests/test_manifests.py checks too.
 GUIDES = [
     *("README.md", "jobs/README.md", "jobs/OUTPUTS.md", "leafnet/README.md"),
     *("cluster/FAULTS.md", "cluster/STORAGE.md", "cluster/TROUBLESHOOTING.md"),
     "tests/benchmarks/README.md",
 ]
-PAGES = [
-    *(*GUIDES, "CONTRIBUTING.md", "CHANGELOG.md", "jobs/SETTINGS.md"),
-    *("cluster/README.md", "cluster/SCALING.md"),
+CLUSTER = [
+    *("cluster/README.md", "cluster/kuberay/README.md", "cluster/SUBMITTING.md"),
+    *("cluster/NIGHTLY.md", "cluster/COSTS.md", "cluster/SCALING.md"),
 ]
+PAGES = [*GUIDES, *CLUSTER, "CONTRIBUTING.md", "CHANGELOG.md", "jobs/SETTINGS.md"]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
 
@@ -139,7 +140,7 @@ def test_one_version_everywhere() -> None:
     assert newest[1] in (version, "Unreleased")
 
 
-@pytest.mark.parametrize("page", GUIDES)
+@pytest.mark.parametrize("page", [*GUIDES, *CLUSTER])
 def test_guides_are_short(page: str) -> None:
     """Two screens for the README, three for each other page; a generated table does not count."""
     text = (ROOT / page).read_text()
@@ -147,10 +148,20 @@ def test_guides_are_short(page: str) -> None:
     assert len(own.splitlines()) <= (110 if page == "README.md" else 130)
 
 
-def test_every_guide_is_on_the_front_page() -> None:
-    """A page that no link leads to is not read."""
-    linked = set(re.findall(r"\]\(([^)#:]+\.md)\)", (ROOT / "README.md").read_text()))
-    assert {*PAGES} - linked == {"README.md"}
+def test_links_from_the_front_page_lead_to_every_page() -> None:
+    """At most two: a page that no link leads to is not read."""
+    reached = {ROOT / "README.md"}
+    for _ in range(2):
+        reached |= {
+            (path.parent / link).resolve()
+            for path in reached
+            for link in re.findall(r"\]\(([^)#:]+\.md)\)", path.read_text())
+        }
+    written = {
+        path for folder in ("jobs", "leafnet", "cluster") for path in (ROOT / folder).rglob("*.md")
+    }
+    assert {ROOT / page for page in PAGES} == reached
+    assert written <= reached
 
 
 def test_contributing_fits_a_screen() -> None:

@@ -1,7 +1,7 @@
 """Real processes are killed, stopped and cut off while a head is fitted on several raylets.
 
 What comes out has to be what an uninterrupted fit gives, and nobody may wait for ever. `make test`
-has the short form, `make test-faults` all of it, with the table of the README at its end.
+has the short form, `make test-faults` all of it, with the table of cluster/FAULTS.md at its end.
 """
 
 import datetime

@@ -324,6 +324,10 @@ PATH = re.compile(
 )
 
 
+# Those that name settings.
+PAGES = ("README", "SUBMITTING", "NIGHTLY", "COSTS", "SCALING", "FAULTS", "STORAGE")
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_paths_exist(path: Path) -> None:
     # Links in Markdown are relative to the page.
@@ -337,7 +341,7 @@ def test_paths_exist(path: Path) -> None:
             assert importlib.util.find_spec(found), f"{name_of(path)} runs {found}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "SCALING.md"])
+@pytest.mark.parametrize("page", [f"{name}.md" for name in PAGES])
 def test_settings_in_the_pages_exist(page: str) -> None:
     jobs = ["prepare", "train", "evaluate", "score"]
     known = {name for job in jobs for name, _ in config.leaves(settings_of(job))}

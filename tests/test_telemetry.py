@@ -261,7 +261,7 @@ def test_the_dashboard_and_the_alerts_use_the_names_that_are_there() -> None:
     alerts = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
     assert names(alerts)
     assert names(alerts) <= exposed
-    page = (MONITORING.parent / "README.md").read_text()
+    page = (MONITORING.parent / "NIGHTLY.md").read_text()
     assert set(re.findall(r"`(ray_leafnet_\w+)`", page)) == exposed
 
 
