@@ -15,7 +15,7 @@ from leafnet import config
 from tests import docs
 
 ROOT = Path(__file__).parents[1]
-# What is written by hand on how to use leafnet, without what tests/test_manifests.py checks too.
+# What is written by hand on how to use leafnet, without what test_manifests.py checks too.
 GUIDES = [
     *("README.md", "jobs/README.md", "jobs/OUTPUTS.md", "leafnet/README.md"),
     *("cluster/FAULTS.md", "cluster/STORAGE.md", "cluster/TROUBLESHOOTING.md"),

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "jobs" / "README.md"
 OUTPUTS = ROOT / "jobs" / "OUTPUTS.md"
 STORAGE = ROOT / "cluster" / "STORAGE.md"
-# In the order in which a newcomer reads them; tests/test_manifests.py checks cluster/README.md.
+# In the order in which a newcomer reads them; test_manifests.py checks the rest of cluster/.
 PAGES = [
     *(ROOT / "README.md", JOBS, OUTPUTS, ROOT / "leafnet" / "README.md"),
     *(STORAGE, ROOT / "cluster" / "FAULTS.md", ROOT / "tests" / "benchmarks" / "README.md"),
