@@ -231,13 +231,13 @@ def test_rows_of_a_group_are_by_image_and_hold_together(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "_ROW_GROUP", 4)
-    parts = (["g", "c"], ["e", "a", "z", "b"], ["y", "d"], ["x"])
+    parts = (["g", "c"], ["e", "a", "z", "b"], ["y", "d"], ["x", "w"])
     tables = [pa.concat_tables([made_rows(n, version=f"v{n}") for n in part]) for part in parts]
     publish(out, "2026-11-01", *tables)
     (file,) = ledger.published(out)
     groups = [rows_of(file).read_row_group(i) for i in range(rows_of(file).num_row_groups)]
     # As they came, cut after each fourth row.
-    expected = [["a", "c", "e", "g"], ["b", "d", "y", "z"], ["x"]]
+    expected = [["a", "c", "e", "g"], ["b", "d", "y", "z"], ["w", "x"]]
     assert [group["image"].to_pylist() for group in groups] == expected
     for group in groups:
         versions = [f"v{name}" for name in group["image"].to_pylist()]
