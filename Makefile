@@ -8,7 +8,7 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench clean s3-server browser
+.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench findings clean s3-server browser
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
@@ -65,6 +65,10 @@ mutation: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+# Surprises in other libraries, each in an environment of its own: four to seven minutes.
+findings:
+	PYTHON=$(PYTHON) findings/run.sh $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
