@@ -108,3 +108,12 @@ def test_a_photograph_without_features_is_a_place_of_its_own() -> None:
     places, distances = selection.k_center(np.array([[0.0, 0.0], [0.0, 1e-9], [3.0, 4.0]]), 3)
     assert places.tolist() == [0, 1, 2]
     np.testing.assert_allclose(distances, [np.inf, 1, np.sqrt(0.6**2 + 0.2**2)], rtol=1e-6)
+
+
+def test_equal_novelty_leaves_the_order_as_it_is() -> None:
+    """More of them than a sort takes by insertion, which would keep their order by itself."""
+    count = 400
+    margins = np.linspace(1.0, 0.1, count, dtype=np.float32)  # the last is the most uncertain
+    novelty = np.full(count, 2.0, np.float32)
+    chosen = selection.pool(margins, novelty, 8)
+    assert chosen.tolist() == [399, 0, 398, 1, 397, 2, 396, 3]
