@@ -31,6 +31,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
 
 from leafnet import cluster, config
+from tests import docs
 from tests.left_out import leave_out
 from tests.test_packaging import sources
 
@@ -288,14 +289,6 @@ def job_commands(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def settings_of(job: str) -> type[config.Settings]:
-    source = (REPOSITORY / "jobs" / f"{job}.py").read_text()
-    match = re.search(r"config\.(\w+Settings)", source)
-    assert match, f"jobs/{job}.py parses no settings"
-    found: type[config.Settings] = getattr(config, match[1])
-    return found
-
-
 WITH_COMMANDS = [path for path in TEXTS if job_commands(path)]
 
 
@@ -303,7 +296,7 @@ WITH_COMMANDS = [path for path in TEXTS if job_commands(path)]
 def test_commands_of_jobs_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     for job, arguments in job_commands(path):
-        settings_class = settings_of(job)
+        settings_class = docs.jobs()[job]
         if "…" in arguments or "--help" in arguments:
             names = {name for name, _ in config.leaves(settings_class)} | {"config", "help"}
             given = {word[2:] for word in arguments if word.startswith("--")}
@@ -344,7 +337,7 @@ def test_paths_exist(path: Path) -> None:
 @pytest.mark.parametrize("page", [f"{name}.md" for name in PAGES])
 def test_settings_in_the_pages_exist(page: str) -> None:
     jobs = ["prepare", "train", "evaluate", "score"]
-    known = {name for job in jobs for name, _ in config.leaves(settings_of(job))}
+    known = {name for job in jobs for name, _ in config.leaves(docs.jobs()[job])}
     text = re.sub(r"^```.*?^```", "", (CLUSTER / page).read_text(), flags=re.S | re.M)
     spans = re.findall(r"`([^`\n]+)`", text)
     flags = {span.split()[0][2:] for span in spans if span.startswith("--")}
