@@ -13,8 +13,10 @@ CHROMIUM := chromium fonts-dejavu-core
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
+# The tests that share a local Ray come one after the other.
 test: $(READY) s3-server browser
-	$(BIN)/python -m pytest -m "not slow and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not faults"
+	$(BIN)/python -m pytest -m "ray and not slow and not faults" tests
 
 # Jobs from end to end, killed, submitted and on S3: as long again.
 test-slow: $(READY) s3-server browser
@@ -22,7 +24,7 @@ test-slow: $(READY) s3-server browser
 
 # Kills workers, machines and drivers at random times for ten minutes.
 test-faults: $(READY)
-	$(BIN)/python -m pytest -m "faults or not faults" tests/test_faults.py
+	$(BIN)/python -m pytest -m "faults or not faults" tests/faults/test_faults.py
 
 # A real S3 server for the tests, from the system's packages: as root, where there is apt-get.
 s3-server:

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leafnet import demo, terminal
-from leafnet.errors import UserError
-from leafnet.terminal import say
+from leafnet.core import terminal
+from leafnet.core.errors import UserError
+from leafnet.core.terminal import say
+from leafnet.data import synthetic
 
 EXAMPLES = """\
   python jobs/demo.py
@@ -36,10 +37,10 @@ def main(argv: Sequence[str]) -> None:
     shards, runs, predictions = out / "shards", out / "runs", out / "predictions"
     model = runs / "demo" / "model"
 
-    total = len(demo.CLASS_NAMES) * (PER_CLASS + NEW_PER_CLASS)
+    total = len(synthetic.CLASS_NAMES) * (PER_CLASS + NEW_PER_CLASS)
     with terminal.progress("draw", total) as advance:
-        demo.write_photographs(photographs, per_class=PER_CLASS, advance=advance)
-        demo.write_photographs(incoming, per_class=NEW_PER_CLASS, seed=1, advance=advance)
+        synthetic.write_photographs(photographs, per_class=PER_CLASS, advance=advance)
+        synthetic.write_photographs(incoming, per_class=NEW_PER_CLASS, seed=1, advance=advance)
     run("prepare.py", "--source", photographs, "--out", shards)
     config = JOBS / "demo.yaml"
     run("train.py", "--config", config, "--shards", shards, "--out", runs, "--name", "demo")

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import DoctorSettings, parse
 
 EXAMPLES = """\
   python jobs/doctor.py --gpu true
@@ -14,8 +15,8 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.DoctorSettings,
+    settings = parse(
+        DoctorSettings,
         argv,
         prog="jobs/doctor.py",
         description=__doc__,

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.evaluation.settings import EvaluateSettings
 
 EXAMPLES = """\
   python jobs/evaluate.py --model runs/potato/model --shards data/shards --out evaluation
@@ -12,17 +14,17 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.EvaluateSettings,
+    settings = parse(
+        EvaluateSettings,
         argv,
         prog="jobs/evaluate.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import evaluation
+    from leafnet.evaluation import evaluate
 
-    evaluation.run(settings)
+    evaluate.run(settings)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.models.settings import ExportSettings
 
 EXAMPLES = """\
   python jobs/export.py --model runs/potato/model --to onnx --out potato.onnx --shards data/shards
@@ -13,15 +15,15 @@ input `image`: uint8 [N, S, S, 3], RGB, 0..255; output `probabilities`: float32 
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.ExportSettings,
+    settings = parse(
+        ExportSettings,
         argv,
         prog="jobs/export.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right.
-    from leafnet import export
+    from leafnet.models import export
 
     export.run(settings)
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, sources, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.preparation import sources
+from leafnet.preparation.settings import PrepareSettings
 
 EXAMPLES = """\
   python jobs/prepare.py --source photos --out data/shards
@@ -15,8 +18,8 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.PrepareSettings,
+    settings = parse(
+        PrepareSettings,
         argv,
         prog="jobs/prepare.py",
         description=__doc__,
@@ -24,9 +27,9 @@ def main(argv: Sequence[str]) -> None:
     )
     listing = sources.look(settings.source)
     # After the settings and the source are known to be right: Ray takes seconds to import.
-    from leafnet import ingest
+    from leafnet.preparation import prepare
 
-    ingest.run(settings, listing)
+    prepare.run(settings, listing)
 
 
 if __name__ == "__main__":

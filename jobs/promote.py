@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.evaluation.settings import PromoteSettings
 
 EXAMPLES = """\
   python jobs/promote.py --candidate runs/b/model --registry models --shards data/shards
@@ -16,17 +18,17 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.PromoteSettings,
+    settings = parse(
+        PromoteSettings,
         argv,
         prog="jobs/promote.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import promotion
+    from leafnet.evaluation import promote
 
-    promotion.run(settings)
+    promote.run(settings)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, ledger, night_report, report, storage, terminal
-from leafnet.errors import UserError
-from leafnet.terminal import say
+from leafnet.core import storage, terminal
+from leafnet.core.errors import UserError
+from leafnet.core.settings import ReportSettings, parse
+from leafnet.core.terminal import say
+from leafnet.scoring import ledger
+from leafnet.scoring import report as night_report
+from leafnet.training import report as run_report
 
 EXAMPLES = """\
   python jobs/report.py --run runs/potato
@@ -14,8 +18,8 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.ReportSettings,
+    settings = parse(
+        ReportSettings,
         argv,
         prog="jobs/report.py",
         description=__doc__,
@@ -24,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     if (settings.run is None) == (settings.predictions is None):
         raise UserError("which-report", "give either --run or --predictions, and not both")
     if settings.run is not None:
-        say(f"report    {report.write(settings.run)}")
+        say(f"report    {run_report.write(settings.run)}")
     if settings.predictions is not None:
         out = storage.absolute(settings.predictions)
         nights = [file.date for file in ledger.published(out)]

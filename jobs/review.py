@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.labelling.settings import ReviewSettings
 
 EXAMPLES = """\
   python jobs/review.py --predictions predictions --count 50 --out review-1
@@ -12,17 +14,17 @@ EXAMPLES = """\
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.ReviewSettings,
+    settings = parse(
+        ReviewSettings,
         argv,
         prog="jobs/review.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import labelling
+    from leafnet.labelling import review
 
-    labelling.run(settings)
+    review.run(settings)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.scoring.settings import ScoreSettings
 
 EXAMPLES = """\
   python jobs/score.py --model runs/potato/model --images incoming --out predictions
@@ -15,17 +17,17 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.ScoreSettings,
+    settings = parse(
+        ScoreSettings,
         argv,
         prog="jobs/score.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import nightly
+    from leafnet.scoring import score
 
-    nightly.run(settings)
+    score.run(settings)
 
 
 if __name__ == "__main__":

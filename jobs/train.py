@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from leafnet import config, terminal
+from leafnet.core import terminal
+from leafnet.core.settings import parse
+from leafnet.training.settings import TrainSettings
 
 EXAMPLES = """\
   python jobs/train.py --shards data/shards --name potato
@@ -15,17 +17,17 @@ exit codes:
 
 
 def main(argv: Sequence[str]) -> None:
-    settings = config.parse(
-        config.TrainSettings,
+    settings = parse(
+        TrainSettings,
         argv,
         prog="jobs/train.py",
         description=__doc__,
         examples=EXAMPLES,
     )
     # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet import runs
+    from leafnet.training import train
 
-    runs.train(settings)
+    train.run(settings)
 
 
 if __name__ == "__main__":

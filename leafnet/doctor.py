@@ -16,20 +16,29 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import leafnet
-from leafnet import backbone, cluster, machine, openvino_graph, storage, terminal
-from leafnet.config import DoctorSettings
-from leafnet.errors import UserError
-from leafnet.machine import Machine
-from leafnet.terminal import say
+from leafnet.core import hardware, storage, terminal
+from leafnet.core.errors import UserError
+from leafnet.core.hardware import Machine
+from leafnet.core.settings import DoctorSettings
+from leafnet.core.terminal import say
+from leafnet.distributed import session
+from leafnet.models import openvino
+from leafnet.models.weights import imagenet_path, is_imagenet
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 
+
 _PATIENCE_S = 120.0  # for a worker to import Keras
+
 # Below these the jobs are known to fail, or to be near it [bytes].
 _MEMORY_FAULT, _MEMORY_WARNING = 2_000_000_000, 6_000_000_000
+
 _DISK_FAULT, _DISK_WARNING = 1_000_000_000, 10_000_000_000
+
 _SHM_SHARE = 0.3  # of the memory: Ray's object store, as it chooses by itself
+
 _FULL = 0.95  # from here on Ray writes nothing more to a disk
+
 
 # What an extra is for; an extra that is not here is told by its name alone.
 _EXTRAS = {
@@ -65,7 +74,7 @@ def run(settings: DoctorSettings) -> None:
     """
     terminal.keeps("nothing was changed")
     say("checking this machine, and a Ray worker on it: some seconds")
-    here = machine.look()
+    here = hardware.look()
     wanted = requirements()
     gpus = here.gpus if settings.gpu else ()
     checks = [
@@ -145,7 +154,7 @@ def packages(wanted: Sequence[Requirement]) -> list[Check]:
     mend = "pip install --constraint constraints.txt --editable ."
     checks = [Check(FAULT, "packages", told, mend) for told in wrong]
     shown = ("tensorflow", "keras", "ray")
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions(shown).items())
+    versions = ", ".join(f"{name} {version}" for name, version in hardware.versions(shown).items())
     if not wrong:
         checks.append(Check(OK, "packages", f"all {len(wanted)} in range: {versions}"))
     return checks
@@ -153,7 +162,7 @@ def packages(wanted: Sequence[Requirement]) -> list[Check]:
 
 def _wrong(wanted: Requirement, *, deep: bool = True) -> str:
     """What is wrong with an installed package and its own extras; empty: nothing."""
-    version = machine.versions([wanted.name])[wanted.name]
+    version = hardware.versions([wanted.name])[wanted.name]
     if not version:
         return f"{wanted.name} is not installed"
     if not wanted.specifier.contains(version, prereleases=True):
@@ -181,7 +190,7 @@ def extras(wanted: Mapping[str, Sequence[Requirement]], *, gpu: bool) -> list[Ch
             mend = f"for {use}: pip install 'leafnet[{name}]'"
             checks.append(Check(status, f"[{name}]", "; ".join(wrong), mend))
             continue
-        versions = machine.versions([one.name for one in of_extra])
+        versions = hardware.versions([one.name for one in of_extra])
         told = ", ".join(f"{package} {version}" for package, version in versions.items())
         checks.append(Check(OK, f"[{name}]", f"{told}: {use}"))
     return checks
@@ -196,18 +205,18 @@ def processor(here: Machine) -> Check:
     return Check(OK, "processor", f"{here.processor}, {here.cores} cores; {abilities}")
 
 
-def precision(here: Machine, *, gpus: Sequence[machine.Gpu]) -> Check:
+def precision(here: Machine, *, gpus: Sequence[hardware.Gpu]) -> Check:
     """What `--precision auto` will choose, and why."""
     capability = None
     if gpus:
         major, minor = min(gpu.compute_capability for gpu in gpus).split(".")
         capability = (int(major), int(minor))
-    chosen, why = backbone.choose_precision("auto", compute_capability=capability)
+    chosen, why = hardware.choose_precision("auto", compute_capability=capability)
     found = f"{chosen}: {why}"
     if chosen == "float32":
         mend = "nothing is wrong; a processor with avx512_bf16 or amx_bf16 is twice as fast"
         return Check(WARNING, "precision", found, mend)
-    if not gpus and openvino_graph.installed():
+    if not gpus and openvino.installed():
         found += "; scoring takes OpenVINO, and int8 where the model carries it"
     return Check(OK, "precision", found)
 
@@ -304,13 +313,13 @@ def workers(settings: DoctorSettings, *, gpus: int) -> list[Check]:
     folder = Path(tempfile.mkdtemp(prefix="leafnet-"))
     log = folder / "doctor.log"
     try:
-        with terminal.chatter_to(log), cluster.session(settings.ray) as nodes:
+        with terminal.chatter_to(log), session.session(settings.ray) as nodes:
             place = f"a cluster at {address}" if address else "a local one, no RAY_ADDRESS"
             cpus = sum(node.cpus for node in nodes)
             found = f"{place}: {len(nodes)} node{'s' * (len(nodes) > 1)}, {cpus:g} CPUs"
             checks = [Check(OK, "Ray", found)]
             if len(nodes) > 1:
-                checks.append(_nodes(cluster.on_every_node(machine.look)))
+                checks.append(_nodes(session.on_every_node(hardware.look)))
             task = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_calls=1)(_in_worker)
             flavour: dict[str, Any] = ray.get(task.remote(), timeout=_PATIENCE_S)
             checks.append(keras_flavour(flavour, gpu=gpus > 0))
@@ -330,7 +339,7 @@ def workers(settings: DoctorSettings, *, gpus: int) -> list[Check]:
 
 
 def _nodes(found: Mapping[str, Machine]) -> Check:
-    lines = machine.differing({name: node.versions for name, node in found.items()})
+    lines = hardware.differing({name: node.versions for name, node in found.items()})
     if lines:
         return Check(FAULT, "nodes", "; ".join(lines), "install constraints.txt on all of them")
     return Check(OK, "nodes", f"the same versions on all {len(found)}")
@@ -371,7 +380,7 @@ def keras_flavour(found: Mapping[str, Any], *, gpu: bool) -> Check:
 
 def weights() -> Check:
     """Whether the ImageNet weights are in Keras's cache."""
-    path = backbone.imagenet_path()
+    path = imagenet_path()
     if not path.exists():
         return Check(
             WARNING,
@@ -379,7 +388,7 @@ def weights() -> Check:
             f"the ImageNet weights are not in {path.parent}; the first job downloads 95 MB",
             f"where it cannot, copy {path.name} there, or give --weights FILE",
         )
-    if not backbone.is_imagenet(path.read_bytes()):
+    if not is_imagenet(path.read_bytes()):
         return Check(FAULT, "weights", f"{path} is damaged", "delete it; the next job downloads it")
     return Check(OK, "weights", f"the ImageNet weights are in {path}")
 

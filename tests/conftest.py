@@ -12,14 +12,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from leafnet import backbone, bundle, demo, shards, storage
-from leafnet.classifier import initial_head
-from leafnet.images import fingerprint
-from leafnet.review import Review
-from leafnet.shards import Shard, ShardIndex
-from tests import s3_server
+from leafnet.core import storage
+from leafnet.data import shards, synthetic
+from leafnet.data.images import fingerprint
+from leafnet.data.shards import Shard, ShardIndex
+from leafnet.metrics.thresholds import Review
+from leafnet.models import bundle, weights
+from leafnet.models.classifier import initial_head
 from tests.left_out import leave_out, summary
-from tests.s3_server import Server
+from tests.support import s3_server
+from tests.support.s3_server import Server
 
 # Of a test with this mark and no limit of its own.
 LIMITS_S = {"faults": 1800, "slow": 900, "ray": 900}
@@ -52,10 +54,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A local Ray with two logical CPUs, the same for all tests that use it."""
-    from leafnet import cluster
-    from leafnet.config import RaySettings
+    from leafnet.core.settings import RaySettings
+    from leafnet.distributed import session
 
-    with cluster.session(RaySettings(cpus=2)):
+    with session.session(RaySettings(cpus=2)):
         yield
 
 
@@ -138,7 +140,7 @@ def make_bucket(name: str) -> str:
 def leaf_jpeg(label: str, *, seed: int, size: int = 64) -> bytes:
     """A drawn leaf as a JPEG file."""
     sink = io.BytesIO()
-    leaf = demo.draw_leaf(label, seed=seed, width=size, height=size)
+    leaf = synthetic.draw_leaf(label, seed=seed, width=size, height=size)
     Image.fromarray(leaf).save(sink, "JPEG", quality=90)
     return sink.getvalue()
 
@@ -148,9 +150,9 @@ def write_data_set(root: str, per_class: dict[str, int], *, seed: int = 0) -> Sh
     written: list[Shard] = []
     for place, (split, count) in enumerate(per_class.items()):
         rows = []
-        for number in range(count * len(demo.CLASS_NAMES)):
-            label = number % len(demo.CLASS_NAMES)
-            image = leaf_jpeg(demo.CLASS_NAMES[label], seed=1000 * (seed + place) + number)
+        for number in range(count * len(synthetic.CLASS_NAMES)):
+            label = number % len(synthetic.CLASS_NAMES)
+            image = leaf_jpeg(synthetic.CLASS_NAMES[label], seed=1000 * (seed + place) + number)
             found = fingerprint(image)
             rows.append(
                 {
@@ -166,9 +168,11 @@ def write_data_set(root: str, per_class: dict[str, int], *, seed: int = 0) -> Sh
         table = pa.Table.from_pylist(rows, shards.SCHEMA)
         half = -(-table.num_rows // 2)
         written.append(shards.write_shard(root, f"{split}-00000.parquet", table, row_group=half))
-    counts = {split: dict.fromkeys(demo.CLASS_NAMES, count) for split, count in per_class.items()}
+    counts = {
+        split: dict.fromkeys(synthetic.CLASS_NAMES, count) for split, count in per_class.items()
+    }
     return shards.write_index(
-        root, class_names=demo.CLASS_NAMES, shards=written, counts=counts, prepared={}
+        root, class_names=synthetic.CLASS_NAMES, shards=written, counts=counts, prepared={}
     )
 
 
@@ -189,8 +193,8 @@ def publish_random_model(url: str, review: Review | None = None) -> None:
     """
     bundle.save(
         url,
-        convolutions=backbone.load_weights("random").convolutions,
-        head=initial_head([8], 3, inputs=backbone.FEATURES, seed=0),
+        convolutions=weights.load_weights("random").convolutions,
+        head=initial_head([8], 3, inputs=weights.FEATURES, seed=0),
         class_names=("early_blight", "healthy", "late_blight"),
         image_size=32,
         provenance={},

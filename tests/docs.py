@@ -1,7 +1,7 @@
 """Writes jobs/SETTINGS.md and the table of modules in leafnet/README.md: `python -m tests.docs`.
 
-Default, unit and meaning of a setting stand in config.py; WHEN says here when to change it. A
-setting that is not in WHEN is an error, of the command and of the tests.
+Default, unit and meaning of a setting stand in the settings.py of its package; WHEN says here when
+to change it. A setting that is not in WHEN is an error, of the command and of the tests.
 """
 
 import ast
@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from leafnet import config
-from leafnet.config import Settings
+from leafnet.core.settings import Settings, _metavar, _shown, leaves
 from tests.test_layering import FILES, LEAFNET, MAY_IMPORT
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +22,8 @@ MODULES = ROOT / "leafnet" / "README.md"
 _INTRO = """\
 # Settings
 
-Written by `make docs` from leafnet/config.py; edit there, or in tests/docs.py what is said on when
-to change a setting.
+Written by `make docs` from the settings.py of each package; edit there, or in tests/docs.py what is
+said on when to change a setting.
 
 Every setting is a flag (`--head.epochs 80`) and a key of the YAML that `--config` reads (`epochs`
 below `head`); flags go before the file. A list is given with commas. `none` gives up a setting that
@@ -193,7 +192,7 @@ def missing() -> list[str]:
     return [
         f"{job}: {name}"
         for job, settings_class in jobs().items()
-        for name, _ in config.leaves(settings_class)
+        for name, _ in leaves(settings_class)
         if when(job, name) is None
     ]
 
@@ -205,11 +204,11 @@ def settings_page() -> str:
         parts.append(f"## jobs/{job}.py\n")
         parts.append("| setting | default | unit | what it is | when to change it |")
         parts.append("|---|---|---|---|---|")
-        for name, field in config.leaves(settings_class):
+        for name, field in leaves(settings_class):
             unit, description = _unit(field.description or "")
-            default = "required" if field.is_required() else f"`{config._shown(field.default)}`"
+            default = "required" if field.is_required() else f"`{_shown(field.default)}`"
             cells = [
-                f"`{name}` ({config._metavar(field.annotation)})",
+                f"`{name}` ({_metavar(field.annotation)})",
                 default,
                 unit,
                 description,
@@ -231,13 +230,17 @@ def _unit(description: str) -> tuple[str, str]:
 
 
 def modules_page() -> str:
-    """leafnet/README.md as it should be, with a line for each module."""
-    rows = ["| module | what it does |", "|---|---|"]
-    for module in MAY_IMPORT:
-        tree = ast.parse(FILES[module].read_text())
-        first = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-        name = FILES[module].relative_to(LEAFNET).as_posix()
-        rows.append(f"| `{name}` | {first.removesuffix('.').replace('|', '/')} |")
+    """leafnet/README.md as it should be, with a row for each package and its modules."""
+    rows = ["| package | what is in it | modules |", "|---|---|---|"]
+    for package in MAY_IMPORT:
+        file = LEAFNET / package / "__init__.py"
+        own = file if file.exists() else LEAFNET / f"{package}.py"
+        first = (ast.get_docstring(ast.parse(own.read_text())) or "").split("\n\n")[0]
+        names = [each.removeprefix(f"{package}.") for each in FILES if each.startswith(package)]
+        shown = " ".join(f"`{name.replace('.', '/')}`" for name in names)
+        line = " ".join(first.split()).removesuffix(".").replace("|", "/")
+        path = own.relative_to(LEAFNET).as_posix().removesuffix("__init__.py")
+        rows.append(f"| `{path}` | {line} | {shown} |")
     before, _, rest = MODULES.read_text().partition("<!-- modules -->\n")
     _, _, after = rest.partition("<!-- /modules -->")
     return f"{before}<!-- modules -->\n" + "\n".join(rows) + f"\n<!-- /modules -->{after}"

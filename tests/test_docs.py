@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from leafnet import config
+from leafnet.core.settings import leaves, parse
 from tests import docs
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def test_every_setting_is_on_the_page_with_its_default() -> None:
     sections = dict(zip(docs.jobs(), page.split("\n## ")[1:], strict=True))
     for job, settings_class in docs.jobs().items():
         assert sections[job].startswith(f"jobs/{job}.py")
-        for name, field in config.leaves(settings_class):
+        for name, field in leaves(settings_class):
             (row,) = re.findall(rf"^\| `{re.escape(name)}` .*$", sections[job], re.MULTILINE)
             assert field.is_required() == ("| required |" in row), name
             *_, when, _ = row.split(" |")
@@ -104,9 +104,9 @@ def test_examples_are_accepted(job: str, monkeypatch: pytest.MonkeyPatch) -> Non
         files = [after for flag, after in pairwise(arguments) if flag == "--config"]
         if not all(Path(file).exists() for file in files):  # one of the reader's own
             given = {word[2:] for word in arguments if word.startswith("--")} - {"config"}
-            assert given <= {name for name, _ in config.leaves(docs.jobs()[job])}
+            assert given <= {name for name, _ in leaves(docs.jobs()[job])}
             continue
-        config.parse(docs.jobs()[job], arguments, prog=job, description="")
+        parse(docs.jobs()[job], arguments, prog=job, description="")
 
 
 # Pages
@@ -125,7 +125,7 @@ def test_settings_in_the_text_exist(page: str) -> None:
     if page.endswith("TROUBLESHOOTING.md"):
         text = re.sub(r"^\| `.*?` \|", "", text, flags=re.MULTILINE)  # messages
     given = set(re.findall(r"`--([a-z][\w.]*)", text))
-    known = {name for of_job in docs.jobs().values() for name, _ in config.leaves(of_job)}
+    known = {name for of_job in docs.jobs().values() for name, _ in leaves(of_job)}
     assert given
     assert given <= known | {"config", "help", "json", "verbose"}
 

@@ -11,18 +11,20 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 
-from leafnet import backbone, doctor, machine
-from leafnet.config import DoctorSettings
+from leafnet import doctor
+from leafnet.core import hardware
+from leafnet.core.hardware import Gpu
+from leafnet.core.settings import DoctorSettings
 from leafnet.doctor import FAULT, OK, WARNING
-from leafnet.machine import Gpu
+from leafnet.models import weights
 
 JOB = Path(__file__).parents[1] / "jobs" / "doctor.py"
 H100 = Gpu("NVIDIA H100", "9.0", 80_000_000_000, "570.1")
 T4 = Gpu("Tesla T4", "7.5", 16_000_000_000, "570.1")
 
 
-def here(**changes: Any) -> machine.Machine:
-    return machine.look()._replace(**changes)
+def here(**changes: Any) -> hardware.Machine:
+    return hardware.look()._replace(**changes)
 
 
 def test_python() -> None:
@@ -132,7 +134,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
 def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     assert doctor.weights().status == WARNING
-    path = backbone.imagenet_path()
+    path = weights.imagenet_path()
     path.parent.mkdir()
     path.write_bytes(b"half of it")
     assert doctor.weights().status == FAULT
@@ -151,7 +153,7 @@ def test_rights(tmp_path: Path) -> None:
 def test_the_job(tmp_path: Path) -> None:
     """With a Ray of its own; the weights are wrong, and everything else is as the tests need it."""
     environment = {**os.environ, "KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "tensorflow"}
-    backbone_file = tmp_path / "models" / backbone.imagenet_path().name
+    backbone_file = tmp_path / "models" / weights.imagenet_path().name
     backbone_file.parent.mkdir()
     backbone_file.write_bytes(b"half of it")
     command = [sys.executable, str(JOB), "--storage", str(tmp_path / "new"), "--ray.cpus", "1"]

@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leafnet import (
-    checkpoint,
-    config,
-    features,
-    runs,
-    shards,
-)
-from leafnet.config import TrainSettings
-from leafnet.errors import UserError
-from leafnet.images import decode
+from leafnet.core.errors import UserError
+from leafnet.core.settings import validate
+from leafnet.data import shards
+from leafnet.data.images import decode
+from leafnet.distributed import checkpoint
+from leafnet.features import cache
+from leafnet.training import train
+from leafnet.training.head.state import load
+from leafnet.training.settings import TrainSettings
 from tests.earlier import make
 
 STORED = Path(make.__file__).parent
@@ -31,7 +30,7 @@ def earlier(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def train_settings(earlier: Path) -> TrainSettings:
     places = {"shards": str(earlier / "shards"), "out": str(earlier), "weights": make.WEIGHTS}
-    return config.validate(TrainSettings, make.TRAIN | places)
+    return validate(TrainSettings, make.TRAIN | places)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -66,11 +65,11 @@ def test_features_are_found_and_read(earlier: Path) -> None:
     index = shards.read_index(str(earlier / "shards"))
     (root,) = (earlier / "features").iterdir()
     wanted = [(shard, 2 if shard.split == "train" else 1) for shard in index.shards]
-    plan = features.plan(str(root), wanted, seed=0)
+    plan = cache.plan(str(root), wanted, seed=0)
     assert plan.missing == ()
     assert sum(part.rows * (part.stop - part.first) for part in plan.present) == 33
     for part in plan.present:
-        read = features.read_part(str(root), part)
+        read = cache.read_part(str(root), part)
         assert read is not None
         assert np.ptp(read[0].astype(np.float32), axis=2).min() > 0
 
@@ -80,14 +79,14 @@ def test_the_checkpoint_inside_the_head_fit_is_loaded(earlier: Path) -> None:
     newest = checkpoint.newest(folder, print)
     assert newest is not None
     identity = json.loads((Path(folder) / newest / checkpoint.MANIFEST).read_text())["identity"]
-    state = checkpoint.load(Path(folder) / newest, identity=identity)
+    state = load(Path(folder) / newest, identity=identity)
     assert newest == checkpoint.name(state.step, newest.rpartition("_")[2])
     assert 0 < state.epoch < 20
     assert state.epoch == state.step // 3
     assert [row["epoch"] for row in state.history] == list(range(1, state.epoch + 1))
     assert [kernel.shape for kernel, _ in state.head] == [(2048, 2), (2, 3)]
     with pytest.raises(UserError, match="was started with seed 0, not 7"):
-        checkpoint.load(Path(folder) / newest, identity=identity | {"seed": 7})
+        load(Path(folder) / newest, identity=identity | {"seed": 7})
 
 
 def test_a_run_of_other_settings_is_refused_by_name(earlier: Path) -> None:
@@ -95,6 +94,6 @@ def test_a_run_of_other_settings_is_refused_by_name(earlier: Path) -> None:
     before = tree(run)
     chosen = train_settings(earlier).model_copy(update={"seed": 7})
     with pytest.raises(UserError, match=r"seed 0, not 7; give the same settings") as caught:
-        runs.train(chosen)
+        train.run(chosen)
     assert caught.value.reason == "started-differently"
     assert tree(run) == before

@@ -18,18 +18,15 @@ import pyarrow as pa
 import pytest
 from ray.scripts.scripts import cli as ray_cli
 
-from leafnet import (
-    config,
-    demo,
-    errors,
-    metrics,
-    s3,
-    scoring,
-    shards,
-    terminal,
-)
-from leafnet.config import PrepareSettings, PromoteSettings, TrainSettings
-from leafnet.errors import UserError
+from leafnet.core import errors, s3, terminal
+from leafnet.core.errors import UserError
+from leafnet.core.settings import leaves, parse
+from leafnet.data import shards, synthetic
+from leafnet.evaluation.settings import PromoteSettings
+from leafnet.metrics import scores
+from leafnet.preparation.settings import PrepareSettings
+from leafnet.scoring import rows
+from leafnet.training.settings import TrainSettings
 from tests import docs
 from tests.docs import load
 
@@ -121,7 +118,7 @@ def test_commands_in_the_text_are_right(command: str, monkeypatch: pytest.Monkey
     if job is None:
         check(words)
     else:
-        known = {name for name, _ in config.leaves(docs.jobs()[job])}
+        known = {name for name, _ in leaves(docs.jobs()[job])}
         assert {word[2:] for word in words if word.startswith("--")} <= known | {"help", "config"}
 
 
@@ -154,12 +151,12 @@ def check_job(job: str, arguments: list[str]) -> None:
     if job not in docs.jobs():
         assert (ROOT / "jobs" / f"{job}.py").exists()
         return
-    known = {name for name, _ in config.leaves(docs.jobs()[job])}
+    known = {name for name, _ in leaves(docs.jobs()[job])}
     if "…" in " ".join(arguments) or "--help" in arguments:
         given = {w[2:].split("=")[0] for w in arguments if w.startswith("--")}
         assert given - {"help", "config", "json", "verbose"} <= known
         return
-    config.parse(docs.jobs()[job], arguments, prog=job, description="")
+    parse(docs.jobs()[job], arguments, prog=job, description="")
 
 
 def check_ray(words: list[str]) -> None:
@@ -196,8 +193,8 @@ def test_the_local_commands_in_order(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder with drawn leaves where the pages have photographs, and what the commands make."""
-    demo.write_photographs(tmp_path / "photos", per_class=16)
-    demo.write_photographs(tmp_path / "labelled", per_class=2, seed=1)
+    synthetic.write_photographs(tmp_path / "photos", per_class=16)
+    synthetic.write_photographs(tmp_path / "labelled", per_class=2, seed=1)
     (tmp_path / "incoming").mkdir()
     for path in (tmp_path / "labelled").rglob("*.jpg"):
         shutil.copy(path, tmp_path / "incoming" / f"{path.parent.name}-{path.name}")
@@ -246,7 +243,7 @@ def test_the_table_of_predictions_is_their_schema() -> None:
         for names, kind, _ in table(OUTPUTS, "Predictions")
         for name in re.findall("`(.+?)`", names)
     ]
-    assert told == [(field.name, field.type) for field in scoring.schema(("a", "b"))]
+    assert told == [(field.name, field.type) for field in rows.schema(("a", "b"))]
 
 
 def test_the_table_of_exit_codes_is_the_code() -> None:
@@ -274,10 +271,10 @@ def test_metrics_json_has_the_figures_that_are_told() -> None:
     (told,) = re.findall(
         r"`metrics\.json` has, for each split, (.*?), from every", OUTPUTS.read_text(), re.S
     )
-    tally = metrics.tally(np.eye(2, dtype=np.float32), np.array([0, 1]))
+    tally = scores.tally(np.eye(2, dtype=np.float32), np.array([0, 1]))
     names = re.findall("`(.+?)`", told)
     assert len(names) == 9
-    assert set(names) <= metrics.scores(tally, ["a", "b"]).keys()
+    assert set(names) <= scores.scores(tally, ["a", "b"]).keys()
 
 
 def test_the_table_of_variables_is_what_the_client_reads() -> None:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leafnet import backbone, bundle
+from leafnet.core import hardware
+from leafnet.models import bundle
 from tests.benchmarks import decoding, forward, jobs, memory, rows, scaling, tuning
 from tests.benchmarks.rows import Bench, Row
 
@@ -87,7 +88,7 @@ def _measure(options: argparse.Namespace, wanted: set[str], work: Path) -> None:
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "precision": backbone.choose_precision("auto", compute_capability=None),
+            "precision": hardware.choose_precision("auto", compute_capability=None),
             "platform": platform.platform(),
             "load_before": os.getloadavg(),
         },

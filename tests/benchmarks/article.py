@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leafnet import backbone
+from leafnet.core import hardware
+from leafnet.models import resnet
+from leafnet.models.weights import load_weights
 
 IMAGE_SIZE = 256
 
@@ -128,9 +130,9 @@ def _network(options: argparse.Namespace, *, classes: int) -> Any:
 
 
 def _folded(weights: str) -> Any:
-    precision, _ = backbone.choose_precision("auto", compute_capability=None)
-    convolutions = backbone.load_weights(weights).convolutions
-    return backbone.build(convolutions, image_size=IMAGE_SIZE, precision=precision)
+    precision, _ = hardware.choose_precision("auto", compute_capability=None)
+    convolutions = load_weights(weights).convolutions
+    return resnet.build(convolutions, image_size=IMAGE_SIZE, precision=precision)
 
 
 if __name__ == "__main__":

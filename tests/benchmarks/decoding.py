@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from leafnet import demo, images
+from leafnet.data import images, synthetic
 from tests.benchmarks.rows import Bench, Row
 
 SIZE, WIDTH, HEIGHT, ROUNDS = 256, 4000, 3000, 4
 
 
 def rows(bench: Bench) -> list[Row]:
-    encoded = [_photograph(name) for name in demo.CLASS_NAMES]
+    encoded = [_photograph(name) for name in synthetic.CLASS_NAMES]
     decoders: dict[str, Callable[[bytes], Any]] = {
         "full Pillow": _pillow,
         "tf.io.decode_jpeg and resize": _tensorflow,
-        "leafnet.images.decode": lambda data: images.decode(data, SIZE).pixels,
+        "leafnet.data.images.decode": lambda data: images.decode(data, SIZE).pixels,
     }
     rates = {}
     for name, decode in decoders.items():
@@ -38,7 +38,7 @@ def rows(bench: Bench) -> list[Row]:
 
 def _photograph(name: str) -> bytes:
     """A leaf with the fine noise of a sensor, as a phone stores it."""
-    leaf = Image.fromarray(demo.draw_leaf(name, seed=1, width=1000, height=750))
+    leaf = Image.fromarray(synthetic.draw_leaf(name, seed=1, width=1000, height=750))
     pixels = np.asarray(leaf.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
     noise = np.random.default_rng(0).normal(0, 6, pixels.shape).astype(np.int16)
     sink = io.BytesIO()

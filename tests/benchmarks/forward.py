@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet import backbone
+from leafnet.core import hardware
+from leafnet.models import resnet
+from leafnet.models.weights import load_weights
 from tests.benchmarks.rows import Bench, Row
 
 SIZE, BATCH, ROUNDS = 256, 32, 5
@@ -46,8 +48,8 @@ def _folded(bench: Bench, precision: str) -> Forward:
     """The folded network as a bare loop runs it: one graph, no Ray, nothing drawn or decoded."""
     import tensorflow as tf
 
-    weights = backbone.load_weights(bench.weights)
-    network = backbone.build(weights.convolutions, image_size=SIZE, precision=precision)
+    weights = load_weights(bench.weights)
+    network = resnet.build(weights.convolutions, image_size=SIZE, precision=precision)
     graph = tf.function(lambda images: network(images, training=False))
     return lambda images: graph(tf.constant(images)).numpy()
 
@@ -55,7 +57,7 @@ def _folded(bench: Bench, precision: str) -> Forward:
 def _networks(bench: Bench, images: NDArray[np.uint8]) -> Any:
     yield "stock Keras float32", _stock(bench.weights)
     yield "folded float32", _folded(bench, "float32")
-    if backbone.choose_precision("auto", compute_capability=None)[0] == "bfloat16":
+    if hardware.choose_precision("auto", compute_capability=None)[0] == "bfloat16":
         yield "folded bfloat16", _folded(bench, "bfloat16")
     if importlib.util.find_spec("openvino"):
         model = _openvino_model(bench)
@@ -80,8 +82,8 @@ def _stock(weights: str) -> Forward:
 def _openvino_model(bench: Bench) -> Any:
     import openvino
 
-    weights = backbone.load_weights(bench.weights)
-    network = backbone.build(weights.convolutions, image_size=SIZE, precision="float32")
+    weights = load_weights(bench.weights)
+    network = resnet.build(weights.convolutions, image_size=SIZE, precision="float32")
     with tempfile.TemporaryDirectory() as folder:
         network.export(f"{folder}/model.xml", format="openvino", verbose=False)
         return openvino.Core().read_model(f"{folder}/model.xml")

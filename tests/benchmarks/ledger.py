@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leafnet import ledger, listing, scoring
+from leafnet.scoring import ledger, listing, reading, staging
+from leafnet.scoring import rows as scoring_rows
 
 CLASSES = ("early_blight", "healthy", "late_blight")
 MODEL = "0123456789abcdef"
@@ -51,7 +52,7 @@ def compare(out: str, listed: int) -> None:
     tell(f"listing of {listed:,} in memory ({photographs.nbytes / 1e6:,.0f} MB)", began)
     began = time.perf_counter()
     files = ledger.published(out)
-    scored = ledger.history(files, model_id=MODEL, schema=scoring.schema(CLASSES))
+    scored = ledger.history(files, model_id=MODEL, schema=scoring_rows.schema(CLASSES))
     difference = ledger.difference(photographs, scored, date="2026-12-01", retries=2)
     tell(f"{len(files)} nights read and filtered", began)
     began = time.perf_counter()
@@ -122,9 +123,9 @@ def batches(first: int, stop: int) -> Iterator[pa.RecordBatch]:
 
 def write_nights(out: str, listed: int) -> None:
     """Thirty nights of predictions for all but the first rows; one row in a thousand failed."""
-    schema = scoring.schema(CLASSES, model_id=MODEL, run_id="run")
+    schema = scoring_rows.schema(CLASSES, model_id=MODEL, run_id="run")
     for night, numbers in enumerate(np.array_split(np.arange(NEW, listed), NIGHTS)):
-        path = Path(ledger.target(out, f"2026-11-{night + 1:02d}", f"run-{night}"))
+        path = Path(staging.target(out, f"2026-11-{night + 1:02d}", f"run-{night}"))
         path.parent.mkdir(parents=True)
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for batch in batches(int(numbers[0]), int(numbers[-1]) + 1):
@@ -135,7 +136,7 @@ def made_rows(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     photographs = pa.table(
         {
             name: batch[name] if name in ("image", "version") else pa.nulls(len(batch), field)
-            for name, field in zip(scoring.PHOTOGRAPH.names, scoring.PHOTOGRAPH.types, strict=True)
+            for name, field in zip(reading.PHOTOGRAPH.names, reading.PHOTOGRAPH.types, strict=True)
         }
     )
     failed = np.array(["cannot-read: OSError: it was away"] * len(batch), object)
@@ -143,7 +144,7 @@ def made_rows(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
     reasons = pa.array(failed, pa.string())
     photographs = photographs.set_column(3, "reason", reasons)
     logits = np.random.default_rng(0).normal(size=(reasons.null_count, len(CLASSES)))
-    return scoring.rows(
+    return scoring_rows.rows(
         photographs,
         logits.astype(np.float32),
         None,

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_auc_score
 
-from leafnet import backbone, demo, engine, novelty
-from leafnet.bundle import Bundle
-from leafnet.images import decode
+from leafnet.data import synthetic
+from leafnet.data.images import decode
+from leafnet.metrics import novelty
+from leafnet.models import engine
+from leafnet.models.bundle import Bundle
+from leafnet.models.weights import load_weights
 
 Pixels = NDArray[np.uint8]  # [S, S, 3]
 Distance = Callable[[NDArray[np.float32]], NDArray[np.floating]]  # [B, D] -> [B]
@@ -89,7 +92,7 @@ def text(rng: np.random.Generator, i: int) -> Pixels:
 
 
 def drawn_leaves(rng: np.random.Generator, i: int) -> Pixels:
-    return demo.draw_leaf(demo.CLASS_NAMES[i % 3], seed=int(rng.integers(1 << 30)))
+    return synthetic.draw_leaf(synthetic.CLASS_NAMES[i % 3], seed=int(rng.integers(1 << 30)))
 
 
 def photographs(rng: np.random.Generator, i: int) -> Pixels:
@@ -190,7 +193,7 @@ def methods(
     train: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> Iterator[tuple[str, Distance]]:
     kept = novelty.fit(train)
-    yield "leafnet.novelty", kept.distance
+    yield "leafnet.metrics.novelty", kept.distance
 
     def compressed(x: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(np.log1p(x / kept.unit), np.float32)
@@ -230,7 +233,7 @@ def compute(data: Path, weights: str, count: int) -> dict[str, NDArray[np.float3
         model_id="",
         class_names=(),
         image_size=SIZE,
-        convolutions=backbone.load_weights(weights).convolutions,
+        convolutions=load_weights(weights).convolutions,
         head=[],
         description={},
     )

@@ -23,8 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from leafnet import features, prepare, shards, storage, training
-from leafnet.shards import Shard
+from leafnet.core import storage
+from leafnet.data import shards
+from leafnet.data.shards import Shard
+from leafnet.features import cache
+from leafnet.preparation.examples import READ_SCHEMA, Policy
+from leafnet.preparation.plan import decide
+from leafnet.training import loop
+from leafnet.training.head import fit
 
 CLASSES = ("early_blight", "healthy", "late_blight")
 IMAGE_BYTES, SHARD_BYTES, ROW_GROUP = 100_000, 64_000_000, 256
@@ -56,7 +62,7 @@ def index(examples: int) -> list[Result]:
         results.append(Result("index.json written, shards", len(simulated), seconds - read, size))
         results.append(Result("index.json read, shards", len(found.shards), read, size))
         began = time.perf_counter()
-        plan = features.plan(
+        plan = cache.plan(
             storage.join(root, "cache"), [(shard, 8) for shard in found.shards], seed=0
         )
         seconds = time.perf_counter() - began
@@ -84,11 +90,11 @@ def simulated_shards(examples: int) -> Iterator[Shard]:
 def order(examples: int) -> list[Result]:
     """What every worker of Ray Train draws for itself: order once an epoch, views once a chunk."""
     began = time.perf_counter()
-    drawn = training.epoch_order(examples, seed=0, epoch=0)
+    drawn = loop.epoch_order(examples, seed=0, epoch=0)
     results = [Result("order of an epoch", drawn.size, time.perf_counter() - began, drawn.nbytes)]
     del drawn
     began = time.perf_counter()
-    drawn = training.epoch_views(examples, 8, seed=0, epoch=0)
+    drawn = fit.epoch_views(examples, 8, seed=0, epoch=0)
     results.append(
         Result("views of an epoch", drawn.size, time.perf_counter() - began, drawn.nbytes)
     )
@@ -111,12 +117,10 @@ def decisions(examples: int) -> list[Result]:
             "reason": pa.nulls(examples, pa.string()),
             "message": pa.nulls(examples, pa.string()),
         },
-        schema=prepare.READ_SCHEMA,
+        schema=READ_SCHEMA,
     )
     began = time.perf_counter()
-    plan = prepare.decide(
-        table, prepare.Policy(shares=(80, 10, 10)), has_splits=False, source="simulated"
-    )
+    plan = decide(table, Policy(shares=(80, 10, 10)), has_splits=False, source="simulated")
     seconds = time.perf_counter() - began
     kept = int(plan.shard_rows.sum())
     if kept != examples:

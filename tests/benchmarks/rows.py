@@ -16,7 +16,9 @@ from typing import NamedTuple
 import pyarrow as pa
 from PIL import Image
 
-from leafnet import demo, shards
+from leafnet.data import shards as data_shards
+from leafnet.data import synthetic
+from leafnet.data.shards import SCHEMA, read_index, write_index, write_shard
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,14 +60,14 @@ def prepare(work: Path, data: Path | None) -> tuple[Path, Path, float]:
 def _draw(root: Path) -> None:
     """900, 300 and 300 leaves of the size of the article's photographs, for train, valid, test."""
     for split, count in (("train", 300), ("valid", 100), ("test", 100)):
-        for label, name in enumerate(demo.CLASS_NAMES):
+        for label, name in enumerate(synthetic.CLASS_NAMES):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 path = folder / f"leaf_{i:04d}.jpg"
                 if not path.exists():
                     seed = 100_000 * ("train", "valid", "test").index(split) + 10_000 * label + i
-                    Image.fromarray(demo.draw_leaf(name, seed=seed)).save(path, quality=90)
+                    Image.fromarray(synthetic.draw_leaf(name, seed=seed)).save(path, quality=90)
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -145,17 +147,17 @@ def read(bench: Bench, run_name: str, file: str) -> dict[str, object]:
 
 def write_copy(source: Path, root: Path, *, times: int = 1, row_group: int = 256) -> None:
     """The data set at `source`, each photograph `times` under as many keys."""
-    index = shards.read_index(str(source))
+    index = read_index(str(source))
     shutil.rmtree(root, ignore_errors=True)
     written = []
     for shard in index.shards:
-        table = pa.concat_tables(shards.row_groups(index.root, shard))
+        table = pa.concat_tables(data_shards.row_groups(index.root, shard))
         for i in range(times):
             keys = pa.array([f"{i}/{key}" for key in table.column("key").to_pylist()])
-            copy = table.set_column(0, shards.SCHEMA.field("key"), keys)
+            copy = table.set_column(0, SCHEMA.field("key"), keys)
             name = f"{shard.name.removesuffix('.parquet')}-{i}.parquet"
-            written.append(shards.write_shard(str(root), name, copy, row_group=row_group))
-    shards.write_index(
+            written.append(write_shard(str(root), name, copy, row_group=row_group))
+    write_index(
         str(root),
         class_names=index.class_names,
         shards=written,

@@ -23,10 +23,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from leafnet import images, listing, scoring, shards, storage
-from leafnet.shards import ShardIndex
-from tests import s3_server
+from leafnet.core import storage
+from leafnet.data import images, shards
+from leafnet.data.shards import ShardIndex
+from leafnet.scoring import listing
+from leafnet.scoring.reading import _read_all
 from tests.benchmarks.score import write_model, write_photographs
+from tests.support import s3_server
 
 JOB = Path(__file__).parents[2] / "jobs" / "score.py"
 BUCKET = "s3://benchmark"
@@ -109,7 +112,7 @@ def night(folder: Path, count: int, image_size: int) -> None:
     size = sum(path.stat().st_size for path in photographs.iterdir())
     print(f"{count:,} photographs as objects, {size / 1e6:.0f} MB")
     listed = {place: listing.look(url).photographs for place, url in incoming.items()}
-    told("  bytes alone", lambda place: list(scoring._read_all(listed[place])))
+    told("  bytes alone", lambda place: list(_read_all(listed[place])))
     model = write_model(folder / "model", image_size=image_size)
     outs = {"disk": str(folder / "out"), "S3": f"{BUCKET}/out"}
     rates = {}

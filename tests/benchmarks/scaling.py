@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import ray
 
-from leafnet import backbone, cluster, features, inference, shards
-from leafnet.cluster import Machines
-from leafnet.config import RaySettings
+from leafnet.core.settings import RaySettings
+from leafnet.data import shards
+from leafnet.distributed import session
+from leafnet.distributed.resources import Machines
+from leafnet.features import cache, extraction
+from leafnet.models.weights import load_weights
 from tests.benchmarks.rows import Bench, Row, write_copy
 
 IMAGE_SIZE, VIEWS, SPLITS = 128, 2, ("valid", "test")
@@ -18,7 +21,7 @@ def rows(bench: Bench) -> list[Row]:
     # Small row groups: with eight for two actors, one would wait for the other at the end.
     root = bench.work / "small-groups"
     write_copy(bench.shards, root, row_group=32)
-    with cluster.session(RaySettings(cpus=2)):
+    with session.session(RaySettings(cpus=2)):
         rates = {actors: _rate(replace(bench, shards=root), actors) for actors in (1, 2)}
     peer = "one single-threaded actor"
     return [
@@ -30,11 +33,11 @@ def rows(bench: Bench) -> list[Row]:
 def _rate(bench: Bench, actors: int) -> float:
     """Views per second after the first fifth, when all actors have started, until the last."""
     index = shards.read_index(str(bench.shards))
-    weights = backbone.load_weights(bench.weights)
+    weights = load_weights(bench.weights)
     root = bench.work / f"scaling{actors}"
     shutil.rmtree(root, ignore_errors=True)
     wanted = [(shard, VIEWS) for split in SPLITS for shard in index.of_split(split)]
-    plan = features.plan(str(root), wanted, seed=0)
+    plan = cache.plan(str(root), wanted, seed=0)
     total = sum(part.rows * (part.stop - part.first) for part in plan.missing)
     done, times = 0, []
 
@@ -43,12 +46,12 @@ def _rate(bench: Bench, actors: int) -> float:
         done += count
         times.append((time.perf_counter(), done))
 
-    inference.extract(
+    extraction.extract(
         index,
         plan,
         ray.put(weights.convolutions),
         image_size=IMAGE_SIZE,
-        precision=cluster.choose_precision("auto", gpu=False)[0],
+        precision=session.choose_precision("auto", gpu=False)[0],
         batch_size=32,
         machines=Machines(gpus=0, actors=actors, threads_per_actor=1, cpus_per_actor=0.75),
         advance=advance,

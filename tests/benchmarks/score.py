@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow.dataset as ds
 from PIL import Image
 
-from leafnet import backbone, bundle, demo, engine, openvino_graph
-from leafnet.classifier import head_logits, initial_head
+from leafnet.data import synthetic
+from leafnet.models import bundle, engine, openvino, weights
+from leafnet.models.classifier import head_logits, initial_head
 from tests.benchmarks.rows import process_tree, pss_mib
 
 JOB = Path(__file__).parents[2] / "jobs" / "score.py"
@@ -276,8 +277,8 @@ def enlarge(source: Path | None, folder: Path, count: int, megapixels: float) ->
         if source:
             small = Image.open(found[i * len(found) // count]).convert("RGB")
         else:
-            name = demo.CLASS_NAMES[i % 3]
-            small = Image.fromarray(demo.draw_leaf(name, seed=i, width=1000, height=750))
+            name = synthetic.CLASS_NAMES[i % 3]
+            small = Image.fromarray(synthetic.draw_leaf(name, seed=i, width=1000, height=750))
         pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
         shift = generator.integers(0, (height, width))
         noisy = np.clip(pixels + np.roll(noise, shift, (0, 1)), 0, 255).astype(np.uint8)
@@ -290,8 +291,8 @@ def write_photographs(folder: Path, count: int) -> Path:
     pictures = []
     for seed in range(40):
         sink = io.BytesIO()
-        label = demo.CLASS_NAMES[seed % 3]
-        Image.fromarray(demo.draw_leaf(label, seed=seed)).save(sink, "JPEG", quality=90)
+        label = synthetic.CLASS_NAMES[seed % 3]
+        Image.fromarray(synthetic.draw_leaf(label, seed=seed)).save(sink, "JPEG", quality=90)
         pictures.append(sink.getvalue())
     for i in range(count):
         (folder / f"leaf_{i:06d}.jpg").write_bytes(pictures[i % len(pictures)])
@@ -299,25 +300,23 @@ def write_photographs(folder: Path, count: int) -> Path:
 
 
 def write_model(folder: Path, *, image_size: int) -> str:
-    convolutions = backbone.load_weights("random").convolutions
+    convolutions = weights.load_weights("random").convolutions
     int8 = None
-    if openvino_graph.installed(quantizer=True):
+    if openvino.installed(quantizer=True):
         leaves = [
             np.asarray(
-                Image.fromarray(demo.draw_leaf(demo.CLASS_NAMES[i % 3], seed=i)).resize(
+                Image.fromarray(synthetic.draw_leaf(synthetic.CLASS_NAMES[i % 3], seed=i)).resize(
                     (image_size, image_size)
                 )
             )
             for i in range(60)
         ]
-        int8 = openvino_graph.quantize(
-            openvino_graph.build(convolutions, image_size=image_size), leaves
-        )
+        int8 = openvino.quantize(openvino.build(convolutions, image_size=image_size), leaves)
     bundle.save(
         str(folder),
         convolutions=convolutions,
-        head=initial_head([512], 3, inputs=backbone.FEATURES, seed=0),
-        class_names=demo.CLASS_NAMES,
+        head=initial_head([512], 3, inputs=weights.FEATURES, seed=0),
+        class_names=synthetic.CLASS_NAMES,
         image_size=image_size,
         provenance={},
         int8=int8,

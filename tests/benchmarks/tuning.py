@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from leafnet import backbone, finetune
-from leafnet.classifier import initial_head
-from leafnet.config import FineTuneSettings
-from leafnet.photographs import Photographs
-from leafnet.training import Place
+from leafnet.core import hardware
+from leafnet.distributed.worker import Place
+from leafnet.models import runtime, weights
+from leafnet.models.classifier import initial_head
+from leafnet.training.finetune import fit
+from leafnet.training.finetune.pixels import Photographs
+from leafnet.training.settings import FineTuneSettings
 from tests.benchmarks.rows import Bench, Row
 
 SIZE, BATCH, STEPS, ROUNDS, STAGES = 128, 32, 6, 2, 2
@@ -25,7 +27,7 @@ def rows(bench: Bench) -> list[Row]:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (STEPS * BATCH, SIZE, SIZE, 3)).astype(np.uint8)
     labels = generator.integers(0, 3, STEPS * BATCH).astype(np.int32)
-    best = backbone.choose_precision("auto", compute_capability=None)[0]
+    best = hardware.choose_precision("auto", compute_capability=None)[0]
     policy = "mixed_bfloat16" if best == "bfloat16" else best
     peer = f"keras.Model.fit, {policy}"
     rounds = {
@@ -50,13 +52,13 @@ def _ours(
     bench: Bench, pixels: np.ndarray, labels: np.ndarray, precision: str
 ) -> Callable[[], None]:
     nobody = Photographs(labels[:0], lambda indices: pixels[indices])
-    ones = np.ones(backbone.FEATURES, np.float32)
-    tuner = finetune._Tuner(
-        finetune.TuningData(
+    ones = np.ones(weights.FEATURES, np.float32)
+    tuner = fit._Tuner(
+        fit.TuningData(
             Photographs(labels, lambda indices: pixels[indices]), nobody, 0 * ones, ones
         ),
-        weights=backbone.load_weights(bench.weights).convolutions,
-        head=initial_head((512,), 3, inputs=backbone.FEATURES, seed=0),
+        weights=weights.load_weights(bench.weights).convolutions,
+        head=initial_head((512,), 3, inputs=weights.FEATURES, seed=0),
         settings=FineTuneSettings(blocks=STAGES, batch_size=BATCH),
         class_weights="none",
         precision=precision,
@@ -68,7 +70,7 @@ def _ours(
         steps=STEPS,
     )
 
-    batches, starts = backbone.ahead(tuner.batches(0), depth=3), itertools.count(0, STEPS)
+    batches, starts = runtime.ahead(tuner.batches(0), depth=3), itertools.count(0, STEPS)
 
     def epoch() -> None:
         tuner.train(batches, next(starts), STEPS, lambda count: None)

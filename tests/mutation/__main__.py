@@ -1,8 +1,8 @@
 """Which small mistakes the tests notice: the score of each module, and the survivors.
 
     python -m tests.mutation                        six mistakes in each module
-    python -m tests.mutation --only metrics,lock --count 20 --seed 1
-    python -m tests.mutation --only lock --list     all that could be made
+    python -m tests.mutation --only metrics.scores,core.lock --count 20 --seed 1
+    python -m tests.mutation --only core.lock --list     all that could be made
 
 A mistake is made in a copy of the repository, and the module's own tests and doctests run on it,
 without those that need Ray, an S3 server or a browser. Which mistakes are made is drawn by `--seed`
@@ -33,47 +33,76 @@ ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 # The modules that decide a number or a row, and tests that state what they do beside their own.
 MODULES: dict[str, tuple[str, ...]] = {
-    "metrics": (),
-    "calibration": (),
-    "review": (),
-    "novelty": (),
-    "resampling": (),
-    "comparison": (),
-    "drift": (),
-    "background": (),
-    "mistakes": (),
-    "slices": (),
-    "selection": (),
-    "features": (),
-    "training": (),
-    "finetune": (),
-    "augment": (),
-    "photographs": (),
-    "checkpoint": (),
-    "ledger": (),
-    "lock": (),
-    "listing": (),
-    "scoring": (),
-    "images": (),
-    "prepare": (),
-    "sources": (),
-    "shards": (),
-    "bundle": (),
-    "backbone": (),
-    "classifier": (),
-    "tta": (),
-    "registry": (),
-    "config": (),
-    "evaluation": (),
-    "plan": (),
-    "fitting": (),
-    "workers": (),
-    "results": (),
-    "rehearsal": (),
-    "tuning": (),
-    "answers": (),
-    "labelstudio": (),
-    "cam": (),
+    "metrics.scores": (),
+    "metrics.calibration": (),
+    "models.classifier": ("metrics/test_calibration",),
+    "metrics.thresholds": (),
+    "metrics.novelty": (),
+    "metrics.bootstrap": (),
+    "evaluation.verdict": (),
+    "metrics.drift": (),
+    "metrics.background": (),
+    "metrics.mistakes": (),
+    "metrics.slices": (),
+    "evaluation.settings": ("metrics/test_slices",),
+    "labelling.selection": (),
+    "features.cache": (),
+    "data.images": ("features/test_cache",),
+    "features.moments": ("features/test_cache",),
+    "features.views": ("features/test_cache",),
+    "core.errors": ("features/test_cache",),
+    "training.head.fit": (),
+    "training.loop": ("training/head/test_fit",),
+    "distributed.worker": ("training/head/test_fit",),
+    "training.finetune.fit": (),
+    "training.finetune.state": ("training/finetune/test_fit",),
+    "training.finetune.augment": (),
+    "training.finetune.pixels": (),
+    "training.head.state": (),
+    "distributed.checkpoint": ("training/head/test_state",),
+    "scoring.ledger": (),
+    "scoring.staging": ("scoring/test_ledger",),
+    "core.lock": (),
+    "scoring.listing": (),
+    "scoring.rows": (),
+    "scoring.reading": ("scoring/test_rows",),
+    "preparation.plan": (),
+    "preparation.examples": ("preparation/test_plan",),
+    "preparation.duplicates": ("preparation/test_plan",),
+    "data.groups": ("preparation/test_plan",),
+    "preparation.splits": ("preparation/test_plan",),
+    "preparation.sources": (),
+    "preparation.samples": ("preparation/test_sources",),
+    "preparation.parquet": ("preparation/test_sources",),
+    "preparation.folders": ("preparation/test_sources",),
+    "preparation.webdataset": ("preparation/test_sources",),
+    "data.shards": (),
+    "models.bundle": (),
+    "models.runtime": ("models/test_bundle",),
+    "models.card": ("models/test_bundle",),
+    "models.weights": (),
+    "models.resnet": ("models/test_weights",),
+    "core.hardware": ("models/test_weights",),
+    "models.tta": (),
+    "models.registry": (),
+    "core.settings": (),
+    "preparation.settings": ("core/test_settings",),
+    "training.settings": ("core/test_settings",),
+    "scoring.settings": ("core/test_settings",),
+    "models.settings": ("core/test_settings",),
+    "labelling.settings": ("core/test_settings",),
+    "evaluation.evaluate": (),
+    "evaluation.document": ("evaluation/test_evaluate",),
+    "training.dry_run": ("training/test_dry_run_plan",),
+    "training.head.worker": (),
+    "distributed.group": (),
+    "distributed.failures": ("distributed/test_group",),
+    "distributed.ray_train": ("distributed/test_group",),
+    "training.publish": (),
+    "training.finetune.worker": (),
+    "labelling.answers": (),
+    "labelling.labelstudio": (),
+    "models.cam": (),
 }
 # Imported once, before the processes that run the tests are forked.
 _HEAVY = ("tensorflow", "keras", "ray", "ray.data", "pyarrow.parquet", "scipy.optimize", "cv2")
@@ -135,13 +164,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at the same time")
     parser.add_argument("--list", action="store_true", help="all mistakes, none of them made")
     options = parser.parse_args()
-    if unknown := set((options.only or "metrics").split(",")) - set(MODULES):
+    if unknown := set((options.only or "core.lock").split(",")) - set(MODULES):
         parser.error(f"--only {options.only}: no module {', '.join(sorted(unknown))}")
     return options
 
 
 def _file(root: Path, module: str) -> Path:
-    return root / "leafnet" / f"{module}.py"
+    return root / "leafnet" / f"{module.replace('.', '/')}.py"
+
+
+def _tests(module: str) -> list[str]:
+    """The files with the tests of a module: its own, and those named beside it."""
+    *folders, name = module.split(".")
+    own = "/".join(["tests", *folders, f"test_{name}.py"])
+    files = [own] if (ROOT / own).exists() else []
+    return files + [f"tests/{each}.py" for each in MODULES[module]]
 
 
 def _equivalent() -> dict[str, set[str]]:
@@ -198,10 +235,10 @@ def _run_all(drawn: dict[str, list[Mutant]], copies: list[Path]) -> dict[str, _S
                     output = (run.copy / "output.txt").read_text()
                     sys.exit(f"{output}\n{run.module}: its tests fail without a mistake")
                 limits[run.module] = 60 + 5 * taken
-                print(f"{run.module:12} {taken:6.1f} s for its tests", flush=True)
+                print(f"{run.module:28} {taken:6.1f} s for its tests", flush=True)
             elif code == 0:
                 scores[run.module].survivors.append(run.mutant)
-                print(f"{run.module:12} survives:{run.mutant.line} {run.mutant.name}", flush=True)
+                print(f"{run.module:28} survives:{run.mutant.line} {run.mutant.name}", flush=True)
             else:
                 scores[run.module].killed += 1
     return scores
@@ -233,7 +270,6 @@ def _test(copy: Path, module: str) -> None:
     sys.dont_write_bytecode = True
     sys.modules.pop("tests", None)
     importlib.invalidate_caches()
-    files = [f"tests/test_{name}.py" for name in (module, *MODULES[module])]
     with (
         open("output.txt", "w") as output,
         contextlib.redirect_stdout(output),
@@ -243,7 +279,7 @@ def _test(copy: Path, module: str) -> None:
             [
                 *("-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(copy)),
                 *("-m", "not ray and not slow and not faults", "--durations=0"),
-                *(f"leafnet/{module}.py", *files),
+                *(str(_file(copy, module).relative_to(copy)), *_tests(module)),
             ],
             plugins=[_WithoutServers()],
         )
@@ -265,10 +301,10 @@ def _tell(scores: dict[str, _Score]) -> None:
     print()
     for module, score in scores.items():
         share = f"{score.killed / score.total:4.0%}" if score.total else "  - "
-        print(f"{module:12} {share}  {score.killed:3} of {score.total:3}")
+        print(f"{module:28} {share}  {score.killed:3} of {score.total:3}")
     killed = sum(score.killed for score in scores.values())
     total = sum(score.total for score in scores.values())
-    print(f"{'all':12} {killed / max(total, 1):4.0%}  {killed:3} of {total:3}\n")
+    print(f"{'all':28} {killed / max(total, 1):4.0%}  {killed:3} of {total:3}\n")
     for module, score in scores.items():
         for mutant in score.survivors:
             print(f"{module}:{mutant.line} {mutant.name}")

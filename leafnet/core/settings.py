@@ -1,0 +1,395 @@
+"""YAML and command line into typed, frozen settings.
+
+Defaults come first, then the file named by `--config`, then the flags. A key that does not exist
+and a value that cannot be are refused by name, before any machine is taken.
+"""
+
+import argparse
+import datetime
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+
+from leafnet.core import storage as core_storage
+from leafnet.core.errors import UserError
+from leafnet.core.storage import absolute, is_local
+
+Url = str
+
+Auto = Literal["auto"]
+
+
+def _at_least_one(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"must be auto or at least 1, got {value}")
+    return value
+
+
+def day(value: Any) -> Any:
+    if isinstance(value, datetime.date):  # as YAML reads 2026-11-24
+        return value.isoformat()
+    if isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() != value:
+        raise ValueError(f"must be written YYYY-MM-DD, got {value}")
+    return value
+
+
+Count = Annotated[int | Auto, AfterValidator(_at_least_one)]
+
+
+def _number(value: Any) -> Any:
+    # Literals of numbers do not take the text of a command line.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Views = Annotated[Literal[1, 4, 8], BeforeValidator(_number)]
+
+
+def _workers(value: int | str) -> int | str:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value == "auto" or (isinstance(value, int) and value >= 1):
+        return value
+    if worker_range(value) is None:
+        raise ValueError("must be auto or at least 1, or a range such as 1..4")
+    return value
+
+
+def worker_range(workers: int | str) -> tuple[int, int] | None:
+    """(fewest, most) where `workers` is a range.
+
+    >>> worker_range("1..4"), worker_range(2), worker_range("auto")
+    ((1, 4), None, None)
+    """
+    fewest, dots, most = str(workers).partition("..")
+    if not dots or not fewest.isdecimal() or not most.isdecimal():
+        return None
+    return (int(fewest), int(most)) if 1 <= int(fewest) <= int(most) else None
+
+
+Workers = Annotated[int | str, AfterValidator(_workers)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and closed to keys that do not exist."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RaySettings(Settings):
+    """Where the work runs."""
+
+    address: str | None = Field(
+        None,
+        description="a running Ray cluster; none: the one of RAY_ADDRESS or of `ray start` on this "
+        "machine, else a local one for this job",
+    )
+    cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of a local Ray [CPUs]; none: the machine's"
+    )
+    wait: float = Field(
+        900.0,
+        ge=0,
+        description="with --gpu true: how long a cluster may take to start machines with GPUs "
+        "that it has not yet [s]",
+    )
+
+
+class DataSettings(Settings):
+    """How shards are read."""
+
+    local_cache: str | None = Field(
+        None,
+        description="folder on a fast disk of each machine for copies of the shards that it reads, "
+        "such as /mnt/nvme/leafnet; none: each read asks the store",
+    )
+    local_cache_gb: float = Field(
+        100.0,
+        gt=0,
+        description="the shards that were read least recently make room above this, on each "
+        "machine [GB]",
+    )
+
+    @field_validator("local_cache")
+    @classmethod
+    def _on_a_disk(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not is_local(value):
+            raise ValueError("must be a folder on a disk, not a URL")
+        return absolute(value)
+
+
+class DoctorSettings(Settings):
+    """Settings of jobs/doctor.py."""
+
+    storage: Url | None = Field(
+        None,
+        description="folder or URL below which a file is written, read and deleted; none: not "
+        "tried",
+    )
+    gpu: bool | Auto = Field("auto", description="look for GPUs; auto: when nvidia-smi finds some")
+    ray: RaySettings = RaySettings()
+
+
+class ReportSettings(Settings):
+    """Settings of jobs/report.py."""
+
+    run: Url | None = Field(None, description="a finished run, runs/NAME; none: see --predictions")
+    predictions: Url | None = Field(
+        None, description="what jobs/score.py wrote to, for the report of a night; none: see --run"
+    )
+    date: str | None = Field(
+        None, description="the night, YYYY-MM-DD; none: the newest of --predictions"
+    )
+
+    _date = field_validator("date", mode="before")(day)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
+_OUTPUT = {
+    "verbose": "show what goes to the log on stderr as well",
+    "json": "write one JSON object a line to stdout, for machines",
+}
+
+
+def parse(
+    settings_class: type[SettingsT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    examples: str = "",
+) -> SettingsT:
+    """Settings from `argv`, over those of the YAML file that `--config` names, over the defaults.
+
+    Raises:
+        UserError: an unknown flag or key, with the nearest that exists; an impossible value.
+        SystemExit: after `--help`, with code 0.
+    """
+    parser = _parser(settings_class, prog=prog, description=description, examples=examples)
+    known, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
+    flags = vars(known)
+    if unknown:
+        names = [name for name, _ in leaves(settings_class)] + ["config", "help", *_OUTPUT]
+        raise _unknown("flag", unknown[0].split("=")[0], names, prefix="--")
+    config = flags.pop("config", None)
+    for name in _OUTPUT:
+        flags.pop(name, None)
+    values: dict[str, Any] = _read_yaml(config) if config else {}
+    for name, text in flags.items():
+        _put(values, name, _from_text(text, dict(leaves(settings_class))[name]))
+    return validate(settings_class, values, where=config)
+
+
+def validate(
+    settings_class: type[SettingsT], values: dict[str, Any], *, where: str | None = None
+) -> SettingsT:
+    """`values`, nested as in YAML, as settings.
+
+    Raises:
+        UserError: an unknown key or an impossible value, named with its place.
+    """
+    try:
+        return settings_class.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, settings_class, where) from None
+
+
+def to_yaml(settings: Settings) -> str:
+    """`settings`, complete with defaults, as YAML that `--config` reads."""
+    document = settings.model_dump(mode="json")
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as they are stored, nested, by their dotted names.
+
+    >>> flat({"seed": 0, "head": {"units": [512]}})
+    {'seed': 0, 'head.units': [512]}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def leaves(settings_class: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted name, in order of definition."""
+    for name, field in settings_class.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("bad-flag", f"{message}; {self.prog} --help lists all flags")
+
+
+def _parser(
+    settings_class: type[Settings], *, prog: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file or URL with settings")
+    for name, what in _OUTPUT.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
+    for name, field in leaves(settings_class):
+        default = "required" if field.is_required() else f"default: {_shown(field.default)}"
+        parser.add_argument(
+            f"--{name}",
+            dest=name,
+            metavar=_metavar(field.annotation),
+            nargs="?" if field.annotation is bool else None,
+            const="true" if field.annotation is bool else None,
+            help=f"{field.description} ({default})".replace("%", "%%"),
+        )
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    """What may be given, in a word.
+
+    >>> _metavar(int), _metavar(int | Literal["auto"]), _metavar(Literal["a", "b"] | None)
+    ('INT', 'INT|auto', 'a|b|none')
+    """
+    if annotation is type(None):
+        return "none"
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return "|".join(_metavar(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"{_metavar(typing.get_args(annotation)[0])},…"
+    names = {bool: "BOOL", str: "TEXT"}
+    return str(names.get(annotation, annotation.__name__.upper()))
+
+
+def _from_text(text: str, field: FieldInfo) -> Any:
+    parts = typing.get_args(field.annotation)
+    if type(None) in parts and text.lower() in ("none", "null"):
+        return None
+    if typing.get_origin(field.annotation) is tuple:
+        return () if text.lower() in ("", "none") else text.split(",")
+    return text
+
+
+def _with_underscores(word: str) -> str:
+    """A flag as the settings are named; values are left alone.
+
+    >>> _with_underscores("--max-failed=1-2"), _with_underscores("-a-b")
+    ('--max_failed=1-2', '-a-b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for i, part in enumerate(path):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError("bad-value", f"{'.'.join(path[: i + 1])} must be a mapping in the YAML")
+    values[last] = value
+
+
+def _read_yaml(url: str) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(core_storage.read_bytes(url))
+    except FileNotFoundError:
+        raise UserError("no-such-file", f"--config {url} does not exist") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            "bad-yaml", f"{url} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("unreadable", f"cannot read --config {url}: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UserError(
+            "bad-yaml", f"{url} must hold `setting: value` lines, found {type(document)}"
+        )
+    return document
+
+
+def _explain(
+    error: ValidationError, settings_class: type[Settings], where: str | None
+) -> UserError:
+    first, *more = error.errors(include_url=False)
+    names = [name for name, _ in leaves(settings_class)]
+    sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
+    given = ".".join(str(part) for part in first["loc"])
+    place = f" in {where}" if where else ""
+    if not first["loc"]:  # of several settings together
+        return UserError("bad-settings", first["msg"].removeprefix("Value error, ") + place)
+    if first["type"] == "extra_forbidden":
+        return _unknown("setting", given, names + sorted(sections), place=place)
+    # A union reports a place inside itself, such as `workers.int`.
+    name = max(
+        (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
+        key=len,
+        default=given,
+    )
+    if first["type"] == "missing":
+        described = dict(leaves(settings_class))[name].description
+        return UserError("missing-setting", f"--{name} is required: {described}")
+    message = first["msg"].removeprefix("Value error, ")
+    if (
+        name != given
+        and len({".".join(map(str, e["loc"])).startswith(name) for e in [first, *more]}) == 1
+    ):
+        others = [e["msg"][0].lower() + e["msg"][1:] for e in more if _is_below(e["loc"], name)]
+        message = " or ".join([message, *others])
+    return UserError("bad-value", f"--{name} cannot be {first['input']!r}{place}: {message}")
+
+
+def _is_below(loc: tuple[int | str, ...], name: str) -> bool:
+    return ".".join(map(str, loc)).startswith(name + ".")
+
+
+def _unknown(
+    kind: str, given: str, names: Sequence[str], *, prefix: str = "", place: str = ""
+) -> UserError:
+    bare = given.removeprefix("--")
+    near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5) or [
+        name for name in names if name.rsplit(".", 1)[-1] == bare.rsplit(".", 1)[-1]
+    ]
+    hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all"
+    return UserError("unknown-setting", f"there is no {kind} {given}{place}; {hint}")

@@ -1,0 +1,471 @@
+"""What a person sees: a few lines and progress bars. Everything else goes to a log file.
+
+Every job also takes `--verbose`, which shows what goes to the log on stderr as well, and `--json`,
+with which stdout has one JSON object a line for machines instead:
+
+    {"event": "message", "text": …}
+    {"event": "progress", "stage": …, "done": …, "total": …, "unit": …, "rate": …, "seconds": …}
+    {"event": "table", "title": …, "columns": […], "rows": [[…], …]}
+    {"event": "check", "name": …, "status": "ok" | "warning" | "fault", "found": …, "mend": …}
+    {"event": "result", "exit_code": …, …}        the last one
+
+Ray, TensorFlow and absl print from C++, from threads and on behalf of other machines. Redirecting
+the process's own file descriptors is the only way to catch all of them; leafnet keeps a duplicate
+of the real ones for what it wants to say.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from leafnet.core import storage
+from leafnet.core.errors import UserError
+
+EXIT_DONE = 0
+
+EXIT_FAILED = 1
+
+EXIT_INTERRUPTED = 130
+
+EXIT_TERMINATED = 143
+
+
+# What every job takes beside its settings; `config` has them in its --help.
+FLAGS = ("--verbose", "--json")
+
+
+# A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
+_PLAIN_INTERVAL_S = 15.0
+
+_JSON_INTERVAL_S = 1.0
+
+_TAIL_S = 0.2
+
+# How the log marks what a person has seen already.
+_SAID = b" INFO leafnet: "
+
+_STATUS_STYLES = {"ok": "green", "warning": "bold yellow", "fault": "bold reverse red"}
+
+_CHECKLIST_INDENT = " " * 24
+
+_CHECKLIST_WRAP: dict[str, Any] = {
+    "subsequent_indent": _CHECKLIST_INDENT,
+    "break_on_hyphens": False,
+}
+
+
+def _console_on(file: TextIO | None) -> Console:
+    """A console that leaves texts alone: names of files and classes may have brackets in them."""
+    return Console(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+_console = _console_on(None)
+
+_log_path: Path | None = None
+
+_verbose = False
+
+_json = False
+
+_kept = ""
+
+_asked: KeyboardInterrupt | None = None  # to end
+
+_result: dict[str, Any] = {}
+
+
+def keeps(text: str) -> None:
+    """What is told of the work so far when the job is interrupted from here on."""
+    global _kept
+    _kept = text
+
+
+def result(**values: Any) -> None:
+    """What the job made, for the last line of `--json`; values that JSON knows."""
+    _result.update(values)
+
+
+def flags() -> list[str]:
+    """The flags of the terminal that this job was given, for jobs that it starts."""
+    return [flag for flag, given in zip(FLAGS, (_verbose, _json), strict=True) if given]
+
+
+def _emit(event: str, **values: Any) -> None:
+    """One line of `--json`."""
+    line = json.dumps({"event": event, **values}, ensure_ascii=False)
+    _console.file.write(f"{line}\n")
+    _console.file.flush()
+
+
+def say(text: str = "", *, style: str | None = None) -> None:
+    """Print one line for the person who runs the job, and keep it in the log."""
+    if not _json:
+        _console.print(text, style=style)
+    elif text:
+        _emit("message", text=text)
+    logging.getLogger("leafnet").info(text)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; every column but the first is right-aligned."""
+    if _json:
+        _emit("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
+        return
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    _console.print(drawn)
+
+
+def checklist(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print what was checked: (status, name, what was found, how to mend it) of each.
+
+    A table on a terminal, lines elsewhere, and neither wider than 100 columns. The status is a
+    word, and its colour only comes on top.
+    """
+    if _json:
+        for status, name, found, mend in rows:
+            _emit("check", name=name, status=status, found=found, mend=mend)
+        return
+    for row in rows:
+        logging.getLogger("leafnet").info("   ".join(row))
+    if not _console.is_terminal:
+        for status, name, found, mend in rows:
+            for text in (found, *([f"mend: {mend}"] if mend else [])):
+                head = f"{status:<9}{name:<15}" if text == found else _CHECKLIST_INDENT
+                _console.print(textwrap.fill(text, 100, initial_indent=head, **_CHECKLIST_WRAP))
+        return
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=min(100, _console.width))
+    for column in ("status", "check", "found, and how to mend it"):
+        drawn.add_column(column, overflow="fold")
+    for status, name, found, mend in rows:
+        told = Text(found)
+        if mend:
+            told.append(f"\n{mend}", style="italic")
+        drawn.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), told)
+    _console.print(drawn)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.completed, task.elapsed or 0.0, task.fields["unit"]))
+
+
+def _rate(done: float, seconds: float, unit: str) -> str:
+    return f"{done / seconds:,.1f} {unit}/s" if seconds > 0 and done else ""
+
+
+@contextmanager
+def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Show how far a stage is. Yields a function to be called with the count just finished.
+
+    On a terminal a bar with rate and time left; elsewhere a line now and then and one at the end.
+    """
+    started = time.monotonic()
+    done = 0
+
+    def line() -> str:
+        rate = _rate(done, time.monotonic() - started, unit)
+        return f"{title:<12} {done:,} of {total:,} {unit}   {rate}"
+
+    def tell() -> None:
+        if not _json:
+            say(line())
+            return
+        seconds = time.monotonic() - started
+        _emit(
+            "progress",
+            stage=title,
+            done=done,
+            total=total,
+            unit=unit,
+            rate=round(done / seconds, 2) if seconds > 0 else None,
+            seconds=round(seconds, 2),
+        )
+
+    if _console.is_terminal and not _verbose and not _json:
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]}"),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+        )
+        # rich would take over sys.stdout and sys.stderr, and with them what Ray prints for workers.
+        with Progress(
+            *columns,
+            console=_console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar:
+            task = bar.add_task(title, total=total, unit=unit)
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(task, completed=done)
+
+            yield advance
+    else:
+        last = started
+        interval = _JSON_INTERVAL_S if _json else _PLAIN_INTERVAL_S
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            if done < total and time.monotonic() - last >= interval:
+                last = time.monotonic()
+                tell()
+
+        yield advance
+    if _json:
+        tell()
+        logging.getLogger("leafnet").info(line())
+        return
+    say(f"{line()}   {duration(time.monotonic() - started)}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(3.21), duration(75), duration(7384)
+    ('3.2 s', '1 min 15 s', '2 h 03 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextmanager
+def chatter_to(path: Path) -> Iterator[None]:
+    """Send everything that libraries print, in this process and from Ray's, to the file `path`.
+
+    `say`, `table` and `progress` still reach the terminal. With `--verbose` the rest does as well.
+    """
+    global _console, _log_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    stderr = os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    start = os.fstat(log).st_size
+    ours = logging.getLogger("leafnet")
+    over = threading.Event()
+    tail = threading.Thread(target=_tail, args=(path, start, stderr, over), daemon=True)
+    before = _console
+    # From here on an interruption has to find its way back to the terminal.
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        _console = _console_on(terminal)
+        _log_path = path
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        if _verbose:
+            tail.start()
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc(file=handler.stream)
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ours.removeHandler(handler)
+        handler.close()
+        if tail.is_alive():
+            over.set()
+            tail.join()
+        os.dup2(terminal.fileno(), 1)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        _console = before
+        terminal.close()
+
+
+def _tail(path: Path, start: int, stderr: int, over: threading.Event) -> None:
+    """Copy the file `path` from its byte `start` to `stderr`, but for what was said already.
+
+    From the file, and not through a pipe, in which the last words of a process that is killed
+    would be lost.
+    """
+    with open(path, "rb") as log:
+        log.seek(start)
+        rest = b""
+        while True:
+            last = over.is_set()
+            *lines, rest = (rest + log.read()).split(b"\n")
+            shown = [line for line in lines if _SAID not in line]
+            if shown:
+                os.write(stderr, b"\n".join(shown) + b"\n")
+            if last:
+                break
+            over.wait(_TAIL_S)
+        if rest:
+            os.write(stderr, rest + b"\n")
+
+
+@contextmanager
+def log_to(folder: str, name: str) -> Iterator[Path]:
+    """`chatter_to` the file `name` in `folder`; to a URL it is copied when the block ends.
+
+    Yields the path of the file that is being written.
+    """
+    if storage.is_local(folder):
+        path = Path(storage.absolute(folder)) / name
+        with chatter_to(path):
+            yield path
+        return
+    url, local = storage.join(folder, name), Path(tempfile.mkdtemp(prefix="leafnet-")) / name
+    try:
+        with chatter_to(local):
+            yield local
+    except BaseException as error:
+        # It is the error that has to be told, and not that its log cannot be stored either.
+        if not (isinstance(error, UserError) and error.reason in storage.UNREACHABLE):
+            with suppress(UserError):
+                storage.write_bytes(url, local.read_bytes())
+        raise
+    storage.write_bytes(url, local.read_bytes())
+    shutil.rmtree(local.parent)
+
+
+class Terminated(KeyboardInterrupt):
+    """This process was told to end by SIGTERM."""
+
+
+def raise_if_asked() -> None:
+    """Raise again what Ctrl-C or SIGTERM raised in this job.
+
+    For loops that wait: what is raised in a hook or a callback, and Ray has many, Python prints and
+    forgets, and the job would go on.
+    """
+    if _asked is not None:
+        raise _asked
+
+
+def _ask(interrupt: KeyboardInterrupt) -> NoReturn:
+    global _asked
+    _asked = interrupt
+    raise interrupt
+
+
+@contextmanager
+def _remembered_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as always, and `raise_if_asked` knows of it."""
+    global _asked
+    mine = threading.current_thread() is threading.main_thread()
+    # A job in the background of a shell ignores it, and still has to.
+    taken = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if taken:
+        signal.signal(signal.SIGINT, lambda number, frame: _ask(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        _asked = None
+        if taken:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does; Ray's own handler ends at once and mutely."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _ask(Terminated()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run `job` with the command line, less `--verbose` and `--json`; returns the exit code.
+
+    0 done, 2 something the user gave is wrong (one line `error[reason]: …`; the error may have a
+    code of its own), 130 interrupted, 143 told to end by SIGTERM, 1 anything else, with the log
+    file that holds the stack trace.
+    """
+    global _verbose, _json, _kept
+    words = sys.argv[1:] if argv is None else argv
+    before = _verbose, _json, _kept
+    _verbose, _json = "--verbose" in words, "--json" in words
+    _result.clear()
+    try:
+        with _remembered_interrupts():
+            code, told = _run(job, [word for word in words if word not in FLAGS])
+        if _json:
+            _emit("result", exit_code=code, **told, **_result)
+    finally:
+        _verbose, _json, _kept = before
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with the exit code of `run_job`.
+
+    After an interruption without Python's own end: threads of Ray Data, which nobody can stop,
+    crashed the process in it, after 3 of 30 interruptions that came just after Ray's start.
+    """
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int, dict[str, str]]:
+    """(exit code, what went wrong)."""
+    try:
+        job(argv)
+    except UserError as error:
+        print(f"error[{error.reason}]: {error}", file=sys.stderr)
+        return error.exit_code, {"error": error.reason, "message": str(error)}
+    except KeyboardInterrupt as error:
+        kept = f": {_kept}" if _kept else ""
+        ended, code = "interrupted", EXIT_INTERRUPTED
+        if isinstance(error, Terminated):
+            ended, code = "ended by SIGTERM", EXIT_TERMINATED
+        message = f"{ended}{kept}; run the same command again to go on"
+        print(message, file=sys.stderr)
+        return code, {"error": "interrupted", "message": message}
+    except Exception as error:
+        if _log_path is None:
+            traceback.print_exc()
+        last = str(error).strip().splitlines() or [""]
+        message = f"{type(error).__name__}: {last[0]}"
+        print(f"error[internal]: {message}", file=sys.stderr)
+        if _log_path is not None:
+            print(f"the details are in {_log_path}", file=sys.stderr)
+        return EXIT_FAILED, {"error": "internal", "message": message}
+    return EXIT_DONE, {}

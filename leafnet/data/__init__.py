@@ -1,0 +1,1 @@
+"""Photographs, with the one decoder, and data sets: shards and their index."""

@@ -1,0 +1,1 @@
+"""Ray: the session, groups of workers that survive failures, checkpoints, one pipeline."""

@@ -1,0 +1,231 @@
+"""Ray: starting it, what it has, and how work is spread over it."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import ray
+import ray.autoscaler.sdk
+import ray.data
+import ray.exceptions
+
+from leafnet.core.errors import UserError
+from leafnet.core.hardware import local_precision
+from leafnet.core.settings import RaySettings, worker_range
+from leafnet.distributed.resources import Node
+
+_WAIT_POLL_S = 1.0
+
+_CONNECT_S = 10.0
+
+
+_WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+
+# Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
+# whether workers are done every 2 s.
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # As many processes as there are CPUs are kept for the next task, and actors count among them:
+    # on two CPUs none is left, and every decoding task would start one anew, after a second of idle
+    # time. That took 14 % of scoring at 70 images/s.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+
+
+@contextmanager
+def session(settings: RaySettings) -> Iterator[list[Node]]:
+    """The nodes of the cluster that the settings name, or of a local one, until the block ends.
+
+    Where this process is connected already, it only looks, and stays connected.
+
+    Raises:
+        UserError: no cluster answers at the address, or a task of the block raised it.
+    """
+    connected = ray.is_initialized()
+    if not connected:
+        address = settings.address or os.environ.get("RAY_ADDRESS")
+        local = address is None
+        if address is not None:
+            _check_listening(address)
+        if local:
+            # What Ray starts here inherits the environment. A runtime environment would make it
+            # throw away the processes that it starts in advance, and the dashboard starts seven:
+            # both cost seconds of a job of less than a minute.
+            for name, value in {**_WORKER_ENVIRONMENT, **_LOCAL_ENVIRONMENT}.items():
+                os.environ.setdefault(name, value)
+        try:
+            with interrupts_wait():
+                ray.init(
+                    address=settings.address,
+                    num_cpus=settings.cpus if local else None,
+                    include_dashboard=False if local else None,
+                    logging_level=logging.WARNING,
+                    runtime_env=None if local else {"env_vars": _WORKER_ENVIRONMENT},
+                )
+        except (ConnectionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                "no-cluster",
+                f"cannot use a Ray cluster at {address or 'this machine'}: {reason}",
+            ) from None
+        except BaseException:
+            # Interrupted. A Ray that is half there crashes the process when Python ends.
+            ray.shutdown()
+            raise
+    # Ray Data draws bars of its own; leafnet shows one for each stage.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield _nodes()
+    except ray.exceptions.RayTaskError as error:
+        # Ray's own text is the stack trace of the task; what the person can mend is its cause, to
+        # whose one line Ray Data adds lines on its settings.
+        cause = error.cause
+        if isinstance(cause, UserError):
+            line = str(cause).splitlines()[0]
+            raise UserError(cause.reason, line, exit_code=cause.exit_code) from None
+        raise
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is over; another one does not wait.
+
+    Ray starts processes with `fork`, and an interruption meanwhile is raised in hooks of Python,
+    which forget it, or leave a lock held: seen here, the job went on, or hung for ever.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(came[0], None)
+
+
+def _check_listening(address: str) -> None:
+    """Refuse a host:port where nothing listens: `ray.init` tries for 75 s, then ends the process.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # `auto` and `local` are for Ray to find
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            "no-cluster",
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or "
+            "leave --ray.address and RAY_ADDRESS out for a local one",
+        ) from None
+
+
+def _ray_nodes() -> list[dict[str, Any]]:
+    return list(ray.nodes())
+
+
+def _nodes() -> list[Node]:
+    return [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in _ray_nodes()
+        if node["Alive"]
+    ]
+
+
+def with_gpus(
+    nodes: list[Node],
+    gpu: bool | Literal["auto"],
+    workers: int | str,
+    settings: RaySettings,
+    say: Callable[[str], None],
+) -> list[Node]:
+    """`nodes`, or those of a cluster that was asked for GPUs and waited for, with `--gpu true`.
+
+    The plan of a job is made once, when it starts: one that was made while the autoscaler has no
+    GPU would stay on CPUs. Without `--gpu true` nobody knows whether to wait.
+    """
+    span = worker_range(workers)
+    wanted = span[0] if span else 1 if workers == "auto" else int(workers)
+    if gpu is not True or _gpus(nodes) >= wanted or _is_local(settings):
+        return nodes
+    until = time.monotonic() + settings.wait
+    say(
+        f"waiting   for {wanted} GPU{'s' * (wanted > 1)}, of which the cluster has "
+        f"{_gpus(nodes):g}, at most {settings.wait:g} s (--ray.wait)"
+    )
+    bundles = [{"GPU": 1}] * wanted
+    # Without an autoscaler nobody reads it.
+    ray.autoscaler.sdk.request_resources(bundles=bundles)
+    try:
+        while _gpus(nodes) < wanted and time.monotonic() < until:
+            time.sleep(_WAIT_POLL_S)
+            nodes = _nodes()
+    finally:
+        # What runs keeps its machines; a request that stays would keep them for ever.
+        ray.autoscaler.sdk.request_resources(bundles=[])
+    return nodes
+
+
+def _gpus(nodes: list[Node]) -> float:
+    return sum(node.gpus for node in nodes)
+
+
+def _is_local(settings: RaySettings) -> bool:
+    """True for a Ray of this job's own, which nothing will join."""
+    return settings.address is None and "RAY_ADDRESS" not in os.environ
+
+
+def on_every_node(function: Callable[..., Any], *args: Any, gpu: bool = False) -> dict[str, Any]:
+    """What `function` of `args` gives on each node, by its name; with `gpu`, on those with GPUs.
+
+    A task without a CPU on each; on this process's node the function is called here, since a task
+    would take a process to start.
+    """
+    task = ray.remote(num_cpus=0)(function)
+    me = ray.get_runtime_context().get_node_id()
+    names: list[str] = []
+    found: list[Any] = []
+    for node in _ray_nodes():
+        if not node["Alive"] or (gpu and not node["Resources"].get("GPU")):
+            continue
+        names.append(f"{node['NodeManagerHostname']} {node['NodeID'][:6]}")
+        if node["NodeID"] == me:
+            found.append(None)
+            continue
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node["NodeID"], soft=False
+        )
+        found.append(task.options(scheduling_strategy=here).remote(*args))
+    values = [function(*args) if one is None else ray.get(one) for one in found]
+    return dict(zip(names, values, strict=True))
+
+
+def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:
+    """(precision, why), for `wanted` one of auto, float32, bfloat16: the best all nodes have."""
+    if wanted != "auto":
+        return wanted, "as set"
+    found: set[tuple[str, str]] = set(on_every_node(local_precision, gpu, gpu=gpu).values())
+    return max(found)  # "float32" sorts last: one node without bfloat16 decides for all

@@ -1,0 +1,342 @@
+"""What jobs/evaluate.py does, and what jobs/train.py says of its model at the end.
+
+An evaluation is a document of plain JSON, `evaluation.json`, and a gallery of small photographs
+beside it. `describe` makes of predictions all that can be said without the photographs.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from leafnet.core import storage, terminal
+from leafnet.core.errors import UserError
+from leafnet.core.terminal import say
+from leafnet.data import shards
+from leafnet.data.groups import groups_of
+from leafnet.data.images import decode
+from leafnet.data.shards import SPLITS, ShardIndex, open_index
+from leafnet.distributed import resources, session
+from leafnet.distributed.resources import Machines
+from leafnet.evaluation import gallery, predict
+from leafnet.evaluation.document import (
+    DOCUMENT,
+    VERSION,
+    Described,
+    compare,
+    describe,
+    figures,
+    write,
+)
+from leafnet.evaluation.predict import Evaluated, Predictions
+from leafnet.evaluation.settings import EvaluateSettings, compile_pattern
+from leafnet.evaluation.tables import say_background, say_evaluation
+from leafnet.metrics import background, bootstrap
+from leafnet.metrics import scores as metrics_scores
+from leafnet.metrics.scores import tally
+from leafnet.models import bundle, engine, openvino
+from leafnet.models.bundle import Bundle
+from leafnet.models.classifier import Head
+
+# Photographs that the probe of the background looks at when a run ends: one reading of a shard.
+_PROBED = 400
+
+
+# jobs/evaluate.py
+
+
+def run(settings: EvaluateSettings) -> None:
+    """Evaluate a published model on a split of a data set, every image once.
+
+    Raises:
+        UserError: no model, no data set, or they have other classes; a regular expression that is
+            none or finds nothing; an engine that cannot be run.
+    """
+    model = bundle.load(settings.model)
+    index = open_index(settings.shards, settings.data)
+    shards.check_sizes(index)
+    other = bundle.load(settings.against) if settings.against else None
+    for each in filter(None, (model, other)):
+        if each.class_names != index.class_names:
+            raise UserError(
+                "other-classes",
+                f"the model {each.url} has the classes {', '.join(each.class_names)}; the data set "
+                f"{index.root} has {', '.join(index.class_names)}",
+            )
+    splits = [
+        split
+        for split in reversed(SPLITS)
+        if settings.split in (split, "all") and index.examples(split)
+    ]
+    if not splits:
+        raise UserError("empty-split", f"{index.root} has no images in the {settings.split} split")
+    pattern = None
+    if settings.slice_by is not None:
+        pattern = compile_pattern(settings.slice_by, flag="--slice_by")
+    # What cannot be run is told before a machine is taken.
+    for each in filter(None, (model, other)):
+        _choose(settings, each, gpu=settings.gpu is True, best_float="float32")
+    terminal.keeps("nothing of the evaluation is kept")
+    with _log(settings.out) as log, session.session(settings.ray) as found:
+        nodes = session.with_gpus(found, settings.gpu, "auto", settings.ray, say)
+        document = _run_on(nodes, settings, model, other, index, splits, pattern)
+        terminal.result(
+            model=model.url, model_id=model.model_id, metrics=figures(document["splits"])
+        )
+        say(f"log       {log}")
+
+
+@contextmanager
+def _log(out: str | None) -> Iterator[Path]:
+    """In the folder of the results, or beside a file of them under its name; else temporary."""
+    if out is None:
+        path = Path(tempfile.mkdtemp(prefix="leafnet-")) / "evaluate.log"
+        with terminal.chatter_to(path):
+            yield path
+        return
+    folder, name = storage.absolute(out), "evaluate.log"
+    if folder.endswith(".json"):
+        folder, _, name = folder.removesuffix(".json").rpartition("/")
+        name += ".log"
+    with terminal.log_to(folder, name) as path:
+        yield path
+
+
+def _run_on(
+    nodes: list[resources.Node],
+    settings: EvaluateSettings,
+    model: Bundle,
+    other: Bundle | None,
+    index: ShardIndex,
+    splits: Sequence[str],
+    pattern: re.Pattern[str] | None,
+) -> dict[str, Any]:
+    machines = resources.machines(nodes, settings.gpu)
+    made, choice = _predict(settings, model, index, splits, machines)
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "model": {"url": model.url, "model_id": model.model_id},
+        "data": {"shards": index.root, "fingerprint": index.fingerprint},
+        "engine": choice.engine,
+        "precision": choice.precision,
+        "splits": {},
+    }
+    theirs: Evaluated | None = None
+    if other is not None:
+        say(f"against   {other.url}   id {other.model_id}")
+        theirs, _ = _predict(settings, other, index, splits, machines)
+        document["against"] = {"url": other.url, "model_id": other.model_id}
+    for split, predictions in made.splits.items():
+        examples = _described(predictions)
+        groups = groups_of(index, examples.keys)
+        scores = describe(examples, index.class_names, pattern=pattern, groups=groups)
+        scores["background"] = background.probe(
+            predictions.border, predictions.labels, model_accuracy=scores["accuracy"]
+        )
+        if theirs is not None:
+            scores["against"] = compare(
+                examples, theirs.splits[split].logits, index.class_names, groups=groups
+            )
+        if settings.tta > 1:
+            scores["tta"] = _gain(predictions, made, views=settings.tta)
+        document["splits"][split] = scores
+    say_evaluation(document)
+    if settings.out and settings.out.endswith(".json"):
+        storage.write_json(settings.out, document)
+        say(f"written   {settings.out}")
+    elif settings.out:
+        first = splits[0]
+        items = predict.make_gallery(
+            index,
+            first,
+            gallery.choose(made.splits[first].logits, made.splits[first].labels),
+            convolutions=ray.put(model.convolutions),
+            head=model.head,
+            image_size=model.image_size,
+            precision=session.choose_precision("auto", gpu=machines.gpus > 0)[0],
+            machines=machines,
+            explain=settings.explain and _sees_something(model),
+        )
+        write(settings.out, document, first, items)
+        say(f"written   {storage.join(settings.out, DOCUMENT)} and {len(items)} photographs")
+    return document
+
+
+def _predict(
+    settings: EvaluateSettings,
+    model: Bundle,
+    index: ShardIndex,
+    splits: Sequence[str],
+    machines: Machines,
+) -> tuple[Evaluated, engine.Choice]:
+    best_float, why = session.choose_precision("auto", gpu=machines.gpus > 0)
+    choice = _choose(settings, model, gpu=machines.gpus > 0, best_float=best_float)
+    if choice.precision != best_float:
+        why = choice.why
+    say(f"model     {model.url}   id {model.model_id}")
+    say(
+        f"device    {resources.device(machines.gpus)}, {choice.engine} in {choice.precision} "
+        f"({why})"
+    )
+    with terminal.progress("evaluate", sum(index.examples(split) for split in splits)) as advance:
+        made = predict.predict(
+            model,
+            index,
+            splits,
+            choice=choice,
+            views=settings.tta,
+            batch_size=resources.batch_size(settings.batch_size, gpus=machines.gpus),
+            machines=machines,
+            advance=advance,
+        )
+    return made, choice
+
+
+def _choose(
+    settings: EvaluateSettings, model: Bundle, *, gpu: bool, best_float: str
+) -> engine.Choice:
+    return engine.choose(
+        engine=settings.engine,
+        precision=settings.precision,
+        gpu=gpu,
+        has_int8=model.int8 is not None,
+        installed=openvino.installed(),
+        best_float=best_float,
+    )
+
+
+def _described(predictions: Predictions) -> Described:
+    return Described(predictions.keys, predictions.labels, predictions.logits, predictions.sizes)
+
+
+def _gain(predictions: Predictions, made: Evaluated, *, views: int) -> dict[str, Any]:
+    """What test-time augmentation changes, and what it costs, ready for JSON."""
+    labels = predictions.labels
+    without = tally(predictions.plain, labels)
+    right = predictions.logits.argmax(axis=1) == labels
+    right_without = predictions.plain.argmax(axis=1) == labels
+    found = bootstrap.compare(right, right_without)
+    names = [str(i) for i in range(predictions.plain.shape[1])]
+    scores = metrics_scores.scores(without, names)
+    return {
+        "views": views,
+        **{f"{name}_without": scores[name] for name in ("accuracy", "log_loss", "ece")},
+        "difference": found.difference,
+        "interval": list(found.interval),
+        "mcnemar_p": found.p_value,
+        "times_as_long": made.seconds / made.plain_seconds,
+    }
+
+
+def _sees_something(model: Bundle) -> bool:
+    """False of random weights, whose maps would say nothing."""
+    return bool(model.description.get("backbone", {}).get("source") != "random")
+
+
+# The end of jobs/train.py
+
+
+def after_training(
+    folder: str,
+    index: ShardIndex,
+    *,
+    answers: Mapping[str, tuple[NDArray[np.float32], NDArray[np.integer]]],
+    model_url: str,
+    model_id: str,
+    convolutions: Any,
+    head: Head,
+    image_size: int,
+    precision: str,
+    machines: Machines,
+    explain: bool,
+) -> list[gallery.Item]:
+    """Write the evaluation of a run that is about to end to `folder`; returns its gallery.
+
+    Nothing is written where there is neither a validation nor a test split.
+
+    Args:
+        folder: folder or URL.
+        index: of the data set.
+        answers: logits [N, C] and labels [N] of valid and test, in the order of `gallery.ordered`.
+        model_url: of the published model.
+        model_id: likewise.
+        convolutions: folded weights, in Ray's object store.
+        head: on raw features.
+        image_size: pixels.
+        precision: of the backbone.
+        machines: what there is to run on.
+        explain: make activation maps.
+    """
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "model": {"url": model_url, "model_id": model_id},
+        "data": {"shards": index.root, "fingerprint": index.fingerprint},
+        "engine": "tensorflow",
+        "precision": precision,
+        "splits": {},
+    }
+    for split in (split for split in reversed(SPLITS) if split in answers):
+        keys, sizes = _keys(index, split)
+        logits, labels = answers[split]
+        document["splits"][split] = describe(
+            Described(keys, labels, logits, sizes),
+            index.class_names,
+            groups=groups_of(index, keys),
+        )
+    if not answers:
+        return []
+    first = next(iter(document["splits"]))
+    scores = document["splits"][first]
+    scores["background"] = _probe(index, first, scores["accuracy"])
+    say_background(scores["background"], always=False)
+    items = predict.make_gallery(
+        index,
+        first,
+        gallery.choose(*answers[first]),
+        convolutions=convolutions,
+        head=head,
+        image_size=image_size,
+        precision=precision,
+        machines=machines,
+        explain=explain,
+    )
+    write(folder, document, first, items)
+    return items
+
+
+def _keys(index: ShardIndex, split: str) -> tuple[list[str], NDArray[np.int32]]:
+    """Keys and sizes of the examples of `split`, without their photographs."""
+    keys: list[str] = []
+    sizes = [np.zeros((0, 2), np.int32)]
+    for shard in gallery.ordered(index, split):
+        table = shards.read_columns(index.root, shard, ["key", "width", "height"])
+        keys += table["key"].to_pylist()
+        sizes.append(np.stack([table["width"], table["height"]], axis=1))
+    return keys, np.concatenate(sizes)
+
+
+def _probe(index: ShardIndex, split: str, accuracy: float) -> dict[str, Any] | None:
+    """The probe of the background on the first photographs of `split`, which are a fair sample."""
+    statistics, labels = [], []
+    for image, label in _first_photographs(index, split):
+        # Small: the border's colours are what is looked at.
+        statistics.append(background.border(decode(image, 256).pixels[None])[0])
+        labels.append(label)
+    return background.probe(np.stack(statistics), np.array(labels), model_accuracy=accuracy)
+
+
+def _first_photographs(index: ShardIndex, split: str) -> Iterable[tuple[bytes, int]]:
+    wanted = _PROBED
+    for shard in gallery.ordered(index, split):
+        rows = list(range(min(shard.rows, wanted)))
+        table = shards.read_rows(index.root, shard, rows)
+        yield from zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+        wanted -= len(rows)
+        if not wanted:
+            return

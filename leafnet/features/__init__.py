@@ -1,0 +1,1 @@
+"""Each view run once through the frozen network, and kept."""

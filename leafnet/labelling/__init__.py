@@ -1,0 +1,1 @@
+"""Photographs worth a label, and the labels that come back."""

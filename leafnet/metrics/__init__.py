@@ -1,0 +1,1 @@
+"""Arithmetic on predictions: scores, intervals, thresholds, novelty and drift."""

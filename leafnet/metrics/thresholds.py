@@ -1,0 +1,137 @@
+"""When a person should look at a photograph instead of the model's answer being taken."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leafnet.metrics.scores import softmax
+
+# Threshold of confidence above every confidence.
+REVIEW_ALL = 2.0
+
+# Share of the validation photographs that may lie above the threshold of novelty.
+_UNLIKE = 0.01
+
+
+@dataclass(frozen=True)
+class Review:
+    """Thresholds, chosen on the validation split."""
+
+    confidence: float  # reviewed below it; REVIEW_ALL: always
+    precision_target: float  # accuracy wanted of the predictions that are not reviewed
+    novelty: float  # reviewed above it
+
+    def reason(self, confidence: float, novelty: float) -> str | None:
+        """Why a person should look at a photograph; None: nobody has to.
+
+        >>> review = Review(confidence=0.8, precision_target=0.95, novelty=20.0)
+        >>> review.reason(0.41, 12.0)
+        'low-confidence: 0.410 is under 0.800'
+        >>> review.reason(0.8, 20.0)
+        """
+        told = []
+        if novelty > self.novelty:
+            told.append(f"unlike-training: novelty {novelty:.4g} is over {self.novelty:.4g}")
+        if confidence < self.confidence:
+            told.append(f"low-confidence: {confidence:.3f} is under {self.confidence:.3f}")
+        return "; ".join(told) or None
+
+
+class Outcomes(NamedTuple):
+    """What a model makes of each of N examples."""
+
+    confidence: NDArray[np.float32]  # [N], of the predicted class
+    correct: NDArray[np.bool_]  # [N]
+    novelty: NDArray[np.float32]  # [N]
+
+
+def outcomes(
+    logits: NDArray[np.float32], labels: NDArray[Any], novelty: NDArray[np.float32]
+) -> Outcomes:
+    """What `logits` [N, C] and distances `novelty` [N] come to, with the true `labels` [N]."""
+    probabilities = softmax(logits)
+    predicted = probabilities.argmax(axis=1)
+    return Outcomes(probabilities[np.arange(len(labels)), predicted], predicted == labels, novelty)
+
+
+def choose(valid: Outcomes, *, precision_target: float) -> Review:
+    """Thresholds from the validation split, which must have examples.
+
+    That of novelty is the smallest distance with at most 1 % of the examples above it.
+    """
+    return Review(
+        confidence=confidence_threshold(
+            valid.confidence, valid.correct, precision_target=precision_target
+        ),
+        precision_target=precision_target,
+        novelty=float(np.quantile(valid.novelty, 1 - _UNLIKE, method="inverted_cdf")),
+    )
+
+
+def confidence_threshold(
+    confidence: NDArray[np.float32], correct: NDArray[np.bool_], *, precision_target: float
+) -> float:
+    """The lowest threshold at which the predictions that are trusted are right often enough.
+
+    It is the smallest t among `confidence` such that at least the share `precision_target` of the
+    examples with confidence >= t is correct; 0.0 when all examples together are that good, and
+    `REVIEW_ALL` when no t is. A threshold chosen so holds on these examples; on others like them
+    it holds up to chance, which is large where few examples are above it.
+
+    Args:
+        confidence: [N], N >= 1.
+        correct: [N].
+        precision_target: share in (0, 1].
+
+    >>> confidence = np.float32([0.5, 0.75, 0.75, 1.0])
+    >>> confidence_threshold(confidence, np.array([False, True, True, True]), precision_target=0.9)
+    0.75
+    >>> confidence_threshold(confidence, np.array([True, False, True, True]), precision_target=0.9)
+    1.0
+    >>> confidence_threshold(confidence, np.array([True, True, True, False]), precision_target=0.7)
+    0.0
+    >>> confidence_threshold(confidence, np.array([True, True, True, False]), precision_target=0.9)
+    2.0
+    """
+    order = np.argsort(-confidence, kind="stable")
+    confidence, correct = confidence[order], correct[order]
+    precision = np.cumsum(correct) / np.arange(1, len(correct) + 1)
+    # Examples of one confidence are above a threshold all together or not at all.
+    last_of_its_value = np.append(confidence[1:] != confidence[:-1], True)
+    enough = np.flatnonzero(last_of_its_value & (precision >= precision_target))
+    if not enough.size:
+        return REVIEW_ALL
+    return 0.0 if enough[-1] == len(correct) - 1 else float(confidence[enough[-1]])
+
+
+def effect(outcomes: Outcomes, review: Review) -> dict[str, Any]:
+    """What `review` does to a split, ready for JSON.
+
+    `accuracy` is that of the predictions nobody has to look at, None where there is none.
+    """
+    low = outcomes.confidence < review.confidence
+    unlike = outcomes.novelty > review.novelty
+    trusted = ~(low | unlike)
+    return {
+        "examples": len(low),
+        "share_reviewed": float((~trusted).mean()),
+        "share_low_confidence": float(low.mean()),
+        "share_unlike": float(unlike.mean()),
+        "accuracy": float(outcomes.correct[trusted].mean()) if trusted.any() else None,
+    }
+
+
+def describe(effect: dict[str, Any]) -> str:
+    """A line about an `effect`.
+
+    >>> describe({"share_reviewed": 0.25, "accuracy": 0.971, "examples": 300})
+    '25.0 % of 300 photographs are for review, 97.1 % of the others are right'
+    >>> describe({"share_reviewed": 1.0, "accuracy": None, "examples": 24})
+    '100.0 % of 24 photographs are for review'
+    """
+    line = f"{effect['share_reviewed']:.1%} of {effect['examples']:,} photographs are for review"
+    if effect["accuracy"] is not None:
+        line += f", {effect['accuracy']:.1%} of the others are right"
+    return line.replace("%", " %")

@@ -1,0 +1,1 @@
+"""Fitting the head, fine-tuning the network, and publishing the model."""

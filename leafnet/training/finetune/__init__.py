@@ -1,0 +1,1 @@
+"""Training the last stages of the network together with the head."""

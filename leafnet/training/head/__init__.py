@@ -1,0 +1,1 @@
+"""Fitting the head on features."""

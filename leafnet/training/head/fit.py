@@ -1,0 +1,430 @@
+"""Fitting the head: schedule, train step and loop, the same on one worker and on many.
+
+`fit_head` runs in every worker. What all workers must agree on (the order of examples, views,
+dropout, when to save and when to stop) is a function of the seed and the position, or has been
+summed over the workers, so that every worker makes the same number of collective steps.
+
+Steps are taken in pieces of about a second. Between two of them the state can be saved, and the
+workers can be asked to leave.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leafnet.core.errors import UserError
+from leafnet.distributed.worker import Hooks, Leaving, Place, even_split
+from leafnet.features.cache import SplitFeatures
+from leafnet.features.moments import BLOCK, Features
+from leafnet.models.classifier import Head, initial_head
+from leafnet.training.head.state import TrainState
+from leafnet.training.loop import (
+    Clock,
+    Report,
+    Saving,
+    balanced_weights,
+    epoch_order,
+    refuse_non_finite,
+    steps_per_epoch,
+)
+from leafnet.training.settings import HeadSettings
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+
+# The features that a worker copies out of the memory map at a time, in bytes.
+_PIECE_BYTES = 16 * 2**20
+
+
+# (indices of examples [M], epoch) -> features [M, D] of the view that this epoch takes of each.
+Gather = Callable[[NDArray[np.int64], int], NDArray[np.floating]]
+
+
+# (features [S, rows, D], labels [S, rows], first step) -> (loss [S], correct) of S steps.
+_RunSteps = Callable[["tf.Tensor", "tf.Tensor", "tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the head is fitted on."""
+
+    gather: Gather
+    labels: NDArray[np.int32]  # [N] of the training split
+    valid: SplitFeatures
+    mean: NDArray[np.float32]  # [D] of the training features
+    deviation: NDArray[np.float32]  # [D]
+
+
+def epoch_views(count: int, views: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The view [count] of each example that `epoch` learns from."""
+    return np.random.default_rng([seed, epoch, 1]).integers(0, views, count)
+
+
+def cached_views(features: Features, *, seed: int) -> Gather:
+    """Gather from the memory map `features` [N, K, D], a random view of each example an epoch."""
+
+    # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
+    @functools.lru_cache(maxsize=1)
+    def views_of(epoch: int) -> NDArray[np.int64]:
+        return epoch_views(features.shape[0], features.shape[1], seed=seed, epoch=epoch)
+
+    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
+        return features[indices, views_of(epoch)[indices]]
+
+    return gather
+
+
+def fit_head(
+    data: TrainingData,
+    *,
+    settings: HeadSettings,
+    num_classes: int,
+    seed: int,
+    place: Place,
+    report: Report,
+    saving: Saving[TrainState] | None = None,
+    hooks: Hooks | None = None,
+    state: TrainState | None = None,
+) -> TrainState:
+    """Fit the head under `tf.distribute`, from `state` when there is one, also inside an epoch.
+
+    Args:
+        data: the same on every worker.
+        settings: of the head; `batch_size` is the global batch.
+        num_classes: C.
+        seed: of initial weights, order, views and dropout.
+        place: of this worker.
+        report: called after each epoch.
+        saving: when and how the state is saved; none: never.
+        hooks: how the fit is followed, and asked to stop.
+        state: to go on from.
+
+    Returns:
+        The state after the last epoch, on every worker.
+
+    Raises:
+        UserError: the loss is not finite, with the steps where it happened.
+        Leaving: on every worker, after one was asked to leave and the state was saved.
+    """
+    hooks = hooks or Hooks()
+    examples = data.labels.size
+    batch = min(settings.batch_size, examples)
+    steps = steps_per_epoch(examples, batch)
+    if batch < place.workers:
+        raise UserError(
+            "batch-too-small",
+            f"a global batch of {batch} cannot be shared out among {place.workers} workers; "
+            "raise --head.batch_size or lower --workers",
+        )
+    hooks.doing("building the head, which waits for the other workers")
+    learner = _Learner(
+        state.head
+        if state
+        else initial_head(settings.units, num_classes, inputs=data.mean.size, seed=seed),
+        data=data,
+        settings=settings,
+        num_classes=num_classes,
+        seed=seed,
+        place=place,
+        batch=batch,
+        steps=steps,
+    )
+    if state:
+        learner.restore_optimizer(state.optimizer)
+    else:
+        state = TrainState(
+            epoch=0,
+            step=0,
+            head=learner.head(),
+            optimizer=learner.optimizer_arrays(),
+            best_head=learner.head(),
+            best_epoch=0,
+            best_loss=math.inf,
+        )
+    clock = Clock(saving, steps)
+
+    # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
+    @functools.lru_cache(maxsize=1)
+    def order_of(epoch: int) -> NDArray[np.int64]:
+        order = epoch_order(examples, seed=seed, epoch=epoch)
+        return order[: steps * batch].reshape(steps, batch)
+
+    while not _finished(state, settings):
+        epoch, first = state.epoch, state.step
+        done = first - epoch * steps
+        piece = clock.piece(first, epoch, most=learner.most_steps)
+        ends = done + piece == steps
+        hooks.doing(f"training, epoch {epoch + 1}, step {first + 1} to {first + piece}")
+        began = time.monotonic()
+        losses, correct = learner.train(order_of(epoch)[done : done + piece], epoch, first)
+        taken = time.monotonic() - began
+        valid_loss, valid_correct = learner.validate() if ends else (0.0, 0.0)
+        due = place.rank == 0 and clock.due(first + piece, ends=ends)
+        # One sum over the workers: every worker then sees, and decides, the same.
+        sums = learner.sum_over_workers(
+            np.concatenate(
+                [losses, [correct, valid_loss, valid_correct, taken, due, hooks.leave()]]
+            )
+        )
+        losses = sums[:piece]
+        correct, valid_loss, valid_correct, taken, due_sum, leave_sum = sums[piece:]
+        hooks.started()
+        refuse_non_finite(losses, first_step=first, epoch=epoch, mend="--head.learning_rate")
+        clock.took(taken / place.workers / piece)
+        state.step = first + piece
+        state.losses = np.concatenate([state.losses, losses])
+        state.correct += float(correct)
+        if ends:
+            row = {
+                "epoch": epoch + 1,
+                "step": state.step,
+                "learning_rate": learner.learning_rate(state.step - 1),
+                "train_loss": float(state.losses.mean()),
+                "train_accuracy": state.correct / (steps * batch),
+            }
+            if data.valid.labels.size:
+                row["valid_loss"] = float(valid_loss) / data.valid.labels.size
+                row["valid_accuracy"] = float(valid_correct) / data.valid.labels.size
+            state.epoch, state.losses, state.correct = epoch + 1, np.empty(0), 0.0
+            state.history.append(row)
+            # Without a validation split the last epoch is as good a choice as any.
+            if row.get("valid_loss", -math.inf) < state.best_loss or "valid_loss" not in row:
+                state.best_epoch = epoch + 1
+                state.best_loss = row.get("valid_loss", math.inf)
+                state.best_head = learner.head()
+            report(row)
+        finished = _finished(state, settings)
+        if saving and (due_sum or leave_sum or finished):
+            began = time.monotonic()
+            hooks.doing(f"saving the state after step {state.step}")
+            state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
+            saving.save(state if place.rank == 0 else None)
+            clock.saved(time.monotonic() - began)
+        elif finished:
+            state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
+        if leave_sum and not finished:
+            raise Leaving(f"after step {state.step}")
+    return state
+
+
+def _finished(state: TrainState, settings: HeadSettings) -> bool:
+    if state.epoch >= settings.epochs:
+        return True
+    waited = state.epoch - state.best_epoch
+    return settings.patience is not None and state.epoch > 0 and waited >= settings.patience
+
+
+class _Learner:
+    """The variables, the optimizer and the compiled steps of one worker."""
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        data: TrainingData,
+        settings: HeadSettings,
+        num_classes: int,
+        seed: int,
+        place: Place,
+        batch: int,
+        steps: int,
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        self._data, self._place, self._batch = data, place, batch
+        self._start, self._stop = even_split(batch, place)
+        self._strategy = tf.distribute.get_strategy()
+        if place.workers > 1:
+            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        self._weights = np.ones(num_classes, np.float32)
+        if settings.class_weights == "balanced":
+            self._weights = balanced_weights(data.labels, num_classes)
+        total_steps = settings.epochs * steps
+        warmup = min(round(settings.warmup_epochs * steps), total_steps - 1)
+        with self._strategy.scope():
+            self._layers = [_dense(kernel, bias) for kernel, bias in head]
+            self._variables = [v for layer in self._layers for v in layer.trainable_variables]
+            self._schedule = keras.optimizers.schedules.CosineDecay(
+                0.0 if warmup else settings.learning_rate,
+                decay_steps=total_steps - warmup,
+                warmup_target=settings.learning_rate if warmup else None,
+                warmup_steps=warmup,
+            )
+            self._optimizer = keras.optimizers.AdamW(
+                self._schedule, weight_decay=settings.weight_decay
+            )
+            self._optimizer.exclude_from_weight_decay(var_names=["bias"])
+            self._optimizer.build(self._variables)
+        self._steps = self._step_loop(settings, num_classes=num_classes, seed=seed)
+        self._run_steps: _RunSteps | None = None
+        self._validate = self._compile_validation()
+
+    def head(self) -> Head:
+        """A copy of the weights."""
+        return [
+            (np.array(layer.kernel.numpy()), np.array(layer.bias.numpy())) for layer in self._layers
+        ]
+
+    def optimizer_arrays(self) -> list[NDArray[Any]]:
+        return [np.array(variable.numpy()) for variable in self._optimizer.variables]
+
+    def restore_optimizer(self, arrays: list[NDArray[Any]]) -> None:
+        variables = self._optimizer.variables
+        shapes = [tuple(variable.shape) for variable in variables]
+        assert shapes == [array.shape for array in arrays], "compare_identity let it through"
+        for variable, array in zip(variables, arrays, strict=True):
+            variable.assign(array)
+
+    def learning_rate(self, step: int) -> float:
+        return float(self._schedule(step))
+
+    @property
+    def most_steps(self) -> int:
+        """Steps whose features fit into `_PIECE_BYTES`, on the worker with the most rows."""
+        rows = -(-self._batch // self._place.workers)
+        return max(1, _PIECE_BYTES // max(1, rows * self._data.mean.size * 4))
+
+    def train(
+        self, order: NDArray[np.int64], epoch: int, first_step: int
+    ) -> tuple[NDArray[np.float64], float]:
+        """Take the steps of `order` [S, batch]; (this worker's share of each loss [S], correct)."""
+        import tensorflow as tf
+
+        indices = order[:, self._start : self._stop]
+        features = self._data.gather(indices.reshape(-1), epoch)
+        dtype = tf.float16 if features.dtype == np.float16 else tf.float32
+        if self._run_steps is None:
+            rows, width = indices.shape[1], self._data.mean.size
+            # For any number of steps: without, each length of a piece would be compiled.
+            self._run_steps = tf.function(
+                self._steps,
+                input_signature=[
+                    tf.TensorSpec([None, rows, width], dtype),
+                    tf.TensorSpec([None, rows], tf.int32),
+                    tf.TensorSpec([], tf.int32),
+                ],
+            )
+        loss, right = self._run_steps(
+            tf.constant(features.reshape(*indices.shape, -1), dtype),
+            tf.constant(self._data.labels[indices]),
+            tf.constant(first_step, tf.int32),
+        )
+        return np.asarray(loss, np.float64), float(right)
+
+    def validate(self) -> tuple[float, float]:
+        """(summed loss, correct) over this worker's part of the validation split, view 0."""
+        import tensorflow as tf
+
+        loss, correct = 0.0, 0.0
+        features, labels = self._data.valid
+        start, stop = even_split(labels.size, self._place)
+        for at in range(start, stop, BLOCK):
+            rows = slice(at, min(at + BLOCK, stop))
+            batch_loss, batch_correct = self._validate(
+                tf.constant(np.asarray(features[rows, 0])), tf.constant(labels[rows])
+            )
+            loss, correct = loss + float(batch_loss), correct + float(batch_correct)
+        return loss, correct
+
+    def sum_over_workers(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        import tensorflow as tf
+
+        if self._place.workers == 1:
+            return values
+        local = self._strategy.run(lambda: tf.constant(values, tf.float64))
+        return np.asarray(self._strategy.reduce(tf.distribute.ReduceOp.SUM, local, axis=None))
+
+    def _logits(self, features: "tf.Tensor", masks: "list[tf.Tensor] | None") -> "tf.Tensor":
+        import tensorflow as tf
+
+        x = (tf.cast(features, tf.float32) - self._data.mean) / self._data.deviation
+        for i, layer in enumerate(self._layers[:-1]):
+            x = tf.nn.relu(layer(x))
+            if masks is not None:
+                x *= masks[i]
+        return self._layers[-1](x)
+
+    def _step_loop(self, settings: HeadSettings, *, num_classes: int, seed: int) -> _RunSteps:
+        """What takes a piece of steps inside one graph."""
+        import tensorflow as tf
+
+        smoothing, batch = settings.label_smoothing, self._batch
+
+        def masks(step: "tf.Tensor") -> "list[tf.Tensor] | None":
+            if not settings.dropout:
+                return None
+            # Drawn for the whole global batch and cut to this worker's rows: the same example
+            # gets the same mask however many workers there are.
+            drawn = []
+            for i, width in enumerate(settings.units):
+                noise = tf.random.stateless_uniform([batch, width], [seed + 1_000_003 * i, step])
+                mine = noise[self._start : self._stop]
+                kept = tf.cast(mine >= settings.dropout, tf.float32)
+                drawn.append(kept / (1.0 - settings.dropout))
+            return drawn
+
+        def step_fn(
+            features: "tf.Tensor", labels: "tf.Tensor", step: "tf.Tensor"
+        ) -> "tuple[tf.Tensor, tf.Tensor]":
+            targets = tf.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+            with tf.GradientTape() as tape:
+                logits = self._logits(features, masks(step))
+                losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+                # Keras 3's optimizers sum gradients over the workers, so the worker's part is
+                # divided by the global batch and not by its own rows.
+                loss = tf.reduce_sum(losses * tf.gather(self._weights, labels)) / batch
+            gradients = tape.gradient(loss, self._variables)
+            self._optimizer.apply(gradients, self._variables)
+            right = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
+            # A relu turns NaN into 0 on CPUs: broken features or weights leave the loss finite
+            # and show only in the gradients.
+            loss += 0.0 * tf.linalg.global_norm(gradients)
+            return loss, tf.reduce_sum(tf.cast(right, tf.float32))
+
+        def run_steps(
+            features: "tf.Tensor", labels: "tf.Tensor", first_step: "tf.Tensor"
+        ) -> "tuple[tf.Tensor, tf.Tensor]":
+            count = tf.shape(features)[0]
+            losses = tf.TensorArray(tf.float32, size=count)
+            correct = tf.constant(0.0)
+            for i in tf.range(count):
+                loss, right = self._strategy.run(
+                    step_fn,
+                    args=(features[i], labels[i], first_step + i),
+                )
+                losses = losses.write(i, loss)
+                correct += right
+            return losses.stack(), correct
+
+        return run_steps
+
+    def _compile_validation(
+        self,
+    ) -> "Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]":
+        import tensorflow as tf
+
+        def validate(features: "tf.Tensor", labels: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
+            logits = self._logits(features, None)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            right = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
+            return tf.reduce_sum(losses), tf.reduce_sum(tf.cast(right, tf.float32))
+
+        return tf.function(validate, reduce_retracing=True)  # type: ignore[no-any-return]
+
+
+def _dense(kernel: NDArray[np.float32], bias: NDArray[np.float32]) -> "keras.layers.Dense":
+    import keras
+
+    layer = keras.layers.Dense(kernel.shape[1], dtype="float32")
+    layer.build((None, kernel.shape[0]))
+    layer.set_weights([kernel, bias])
+    return layer

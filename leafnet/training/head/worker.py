@@ -1,0 +1,372 @@
+"""Fitting the head on Ray Train: the features on each node, checkpoints, and what comes back."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from leafnet.core.cache import LocalCache
+from leafnet.data import shards as data_shards
+from leafnet.data.images import decode
+from leafnet.data.shards import SPLITS, Shard
+from leafnet.distributed import group, worker
+from leafnet.distributed.failures import Restart
+from leafnet.distributed.group import Survival
+from leafnet.distributed.worker import Place, Post
+from leafnet.features import cache, moments
+from leafnet.features.cache import Part, SplitFeatures
+from leafnet.features.moments import BLOCK
+from leafnet.features.views import draw_view
+from leafnet.metrics import calibration, thresholds
+from leafnet.metrics import novelty as metrics_novelty
+from leafnet.metrics.novelty import Novelty
+from leafnet.metrics.scores import Tally, empty_tally, tally
+from leafnet.metrics.thresholds import Outcomes
+from leafnet.models import classifier, resnet
+from leafnet.models.classifier import Head, fold_standardisation, head_logits
+from leafnet.models.weights import FEATURES
+from leafnet.training import loop
+from leafnet.training.head import fit as head_fit
+from leafnet.training.head import state as head_state
+from leafnet.training.head.state import TrainState, load
+from leafnet.training.settings import HeadSettings
+
+_FOLDER = "head"  # Ray Train's folder in that of the run
+
+
+@dataclass(frozen=True)
+class HeadJob:
+    """All that a worker has to know to fit the head."""
+
+    head: HeadSettings
+    class_names: tuple[str, ...]
+    seed: int
+    save_every_s: float
+    identity: dict[str, Any]  # what a checkpoint must agree with
+    cache_root: str  # CACHE/KEY
+    parts: dict[str, tuple[Part, ...]]  # of each split
+    views: int  # of the training split in the cache
+    online: "Online | None" = None
+    save_every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Online:
+    """What `features: online` needs beside the cached plain views."""
+
+    root: str  # of the shards
+    shards: tuple[Shard, ...]  # of the training split
+    weights: Any  # reference to `backbone.Weights.convolutions`
+    image_size: int
+    precision: str
+    augment: bool
+    batch_size: int
+    shards_cache: LocalCache | None = None  # as `ShardIndex.cache`
+
+
+class Answers(NamedTuple):
+    """What the head says of every example of a split, in their order."""
+
+    logits: NDArray[np.float32]  # [N, C]
+    labels: NDArray[np.int32]  # [N]
+
+
+@dataclass
+class HeadResult:
+    """What the workers made."""
+
+    state: TrainState
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    tallies: dict[str, Tally]  # every example of every split once, by the best head
+    novelty: Novelty
+    outcomes: dict[str, Outcomes]  # of each example of valid and test, in order, by the best head
+    # What the best head's logits are divided by; all that is counted here is divided already.
+    temperature: float
+    answers: dict[str, Answers]  # of valid and test
+    restarts: list[Restart] = field(default_factory=list)
+
+
+def fit_head(
+    job: HeadJob,
+    *,
+    count: int | tuple[int, int],
+    cpus_per_worker: float,
+    gpu: bool,
+    storage_path: str,
+    on_epoch: Callable[[dict[str, float]], None],
+    survival: Survival | None = None,
+) -> HeadResult:
+    """Fit the head with Ray Train, from the newest checkpoint below `storage_path` if there is one.
+
+    Args:
+        job: what to fit.
+        count: of workers, or the fewest and the most.
+        cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
+        gpu: a GPU for each.
+        storage_path: folder or URL of the run.
+        on_epoch: called with each row of the history, once.
+        survival: what is done about failures.
+
+    Raises:
+        UserError: the loss is not finite, or a checkpoint belongs to other settings.
+        features.DamagedParts: the cache has to be repaired first.
+        RuntimeError: the workers failed too often.
+    """
+    tallies: list[dict[str, Tally]] = []
+    results: list[HeadResult] = []
+    on_row = group.each_once(on_epoch)
+
+    def on_event(event: tuple[str, Any]) -> None:
+        kind, value = event
+        if kind == "epoch":
+            on_row(value)
+        elif kind == "tallies":
+            tallies.append(value)
+        else:
+            results.append(value)
+
+    def on_restart() -> None:
+        tallies.clear()
+        results.clear()
+
+    batch = job.head.batch_size  # shared out, a row each at the least
+    restarts = group.run(
+        fit_and_evaluate,
+        job,
+        name=_FOLDER,
+        workers=count if isinstance(count, int) else (count[0], min(count[1], batch)),
+        cpus_per_worker=cpus_per_worker,
+        gpu=gpu,
+        storage_path=storage_path,
+        on_event=on_event,
+        on_restart=on_restart,
+        survival=survival,
+    )
+    result = results[-1]
+    result.restarts = restarts
+    for split in SPLITS:
+        result.tallies[split] = sum(
+            (of_worker[split] for of_worker in tallies), empty_tally(len(job.class_names))
+        )
+    return result
+
+
+def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -> None:
+    """What each worker does: fit the head together, then evaluate a part of every split.
+
+    Args:
+        job: what to fit.
+        place: of this worker.
+        post: to the driver.
+        folder_url: of the checkpoints.
+    """
+    hooks = worker.hooks()
+    hooks.long("reading the features")
+    local = local_features(job)
+    splits, mean, deviation = local.splits, local.mean, local.deviation
+    train = splits["train"]
+    gather = (
+        _online_views(job, job.online, hooks)
+        if job.online
+        else head_fit.cached_views(train.features, seed=job.seed)
+    )
+
+    def report(row: dict[str, float]) -> None:
+        if place.rank == 0:
+            post(("epoch", row))
+
+    def save(state: TrainState | None) -> None:
+        def write(folder: str) -> None:
+            assert state is not None
+            head_state.save(folder, state, identity=job.identity)
+
+        worker.keep(write if state is not None else None, step=state.step if state else 0)
+
+    state = None
+    url = worker.newest_checkpoint(folder_url)
+    if url is not None:
+        state = load(url, identity=job.identity)
+    state = head_fit.fit_head(
+        head_fit.TrainingData(gather, train.labels, splits["valid"], mean, deviation),
+        settings=job.head,
+        num_classes=len(job.class_names),
+        seed=job.seed,
+        place=place,
+        report=report,
+        saving=loop.Saving(save, job.save_every_s, job.save_every_steps, worker.uploaded),
+        hooks=hooks,
+        state=state,
+    )
+    hooks.long("evaluating")
+    head = fold_standardisation(state.best_head, mean=mean, deviation=deviation)
+    temperature, head = calibrated(head, splits["valid"])
+    tallies = {
+        split: tally_part(of_split, head, place, len(job.class_names))
+        for split, of_split in splits.items()
+    }
+    ray.get(post(("tallies", tallies)))
+    if place.rank == 0:
+        distance = metrics_novelty.fit(train.features[:, 0])
+        outcomes = outcomes_of(splits, head, distance)
+        answers = answers_of(splits, head)
+        ray.get(
+            post(
+                (
+                    "result",
+                    HeadResult(
+                        state, mean, deviation, {}, distance, outcomes, temperature, answers
+                    ),
+                )
+            )
+        )
+    # What is mapped stays readable for the workers of this node that still have it open.
+    shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def tally_part(split: SplitFeatures, head: Head, place: Place, num_classes: int) -> Tally:
+    """The counts of the worker's part of `split`, view 0, by `head` on raw features."""
+    total = empty_tally(num_classes)
+    start, stop = worker.even_split(split.labels.size, place)
+    for at in range(start, stop, BLOCK):
+        rows = slice(at, min(at + BLOCK, stop))
+        total += tally(head_logits(head, split.features[rows, 0]), split.labels[rows])
+    return total
+
+
+def calibrated(head: Head, valid: SplitFeatures) -> tuple[float, Head]:
+    """The temperature of `head`, on raw features, and the head it is folded into.
+
+    Every worker finds the same. It is 1 where there is no validation split.
+    """
+    if not valid.labels.size:
+        return 1.0, head
+    temperature = calibration.fit_temperature(_logits(valid, head), valid.labels)
+    return temperature, classifier.fold_temperature(head, temperature)
+
+
+def answers_of(splits: dict[str, SplitFeatures], head: Head) -> dict[str, Answers]:
+    """Logits and labels of valid and test, where they have some."""
+    return {
+        split: Answers(_logits(splits[split], head), splits[split].labels)
+        for split in ("valid", "test")
+        if splits[split].labels.size
+    }
+
+
+def outcomes_of(
+    splits: dict[str, SplitFeatures], head: Head, distance: Novelty
+) -> dict[str, Outcomes]:
+    """What `head` makes of each example of valid and test, where they have some."""
+    return {
+        split: _outcomes(splits[split], head, distance)
+        for split in ("valid", "test")
+        if splits[split].labels.size
+    }
+
+
+def _outcomes(split: SplitFeatures, head: Head, distance: Novelty) -> Outcomes:
+    parts = []
+    for at in range(0, split.labels.size, BLOCK):
+        rows = slice(at, at + BLOCK)
+        vectors = np.asarray(split.features[rows, 0], np.float32)
+        logits = head_logits(head, vectors)
+        parts.append(thresholds.outcomes(logits, split.labels[rows], distance.distance(vectors)))
+    return Outcomes(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _logits(split: SplitFeatures, head: Head) -> NDArray[np.float32]:
+    """Logits [N, C] of the plain views, a block at a time: the features may exceed memory."""
+    starts = range(0, split.labels.size, BLOCK)
+    return np.concatenate([head_logits(head, split.features[at : at + BLOCK, 0]) for at in starts])
+
+
+class LocalFeatures(NamedTuple):
+    """Every split's features, memory-mapped from `folder` on this node's disk."""
+
+    folder: Path
+    splits: dict[str, SplitFeatures]
+    mean: NDArray[np.float32]  # [D] of the training features
+    deviation: NDArray[np.float32]  # [D]
+
+
+def local_features(job: HeadJob) -> LocalFeatures:
+    """The features that `job` names; all processes of a node share one copy, which stays there.
+
+    Raises:
+        features.DamagedParts: the cache has to be repaired first.
+    """
+    names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
+    digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for split in SPLITS:
+            mapped, labels = folder / f"{split}.npy", folder / f"{split}.labels.npy"
+            if labels.exists():
+                splits[split] = SplitFeatures(np.load(mapped, mmap_mode="r"), np.load(labels))
+                continue
+            views = job.views if split == "train" else 1
+            parts = job.parts[split]
+            splits[split] = cache.assemble(job.cache_root, parts, views, path=str(mapped))
+            if splits[split].labels.size:
+                _save(labels, splits[split].labels)
+        statistics = folder / "statistics.npy"
+        if not statistics.exists():
+            _save(
+                statistics,
+                np.stack(moments.statistics(moments.moments(splits["train"].features))),
+            )
+    mean, deviation = np.load(statistics)
+    return LocalFeatures(folder, splits, mean, deviation)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    aside = path.with_name("partial.npy")
+    np.save(aside, array)
+    os.replace(aside, path)
+
+
+def _online_views(job: HeadJob, online: Online, hooks: worker.Hooks) -> head_fit.Gather:
+    """Gather that draws a fresh view of each photograph in each epoch and runs the backbone.
+
+    Every worker keeps the encoded photographs of the training split in memory.
+    """
+    tables = [
+        table.select(["key", "image"])
+        for shard in online.shards
+        for table in data_shards.row_groups(online.root, shard, cache=online.shards_cache)
+    ]
+    keys = [key for table in tables for key in table.column("key").to_pylist()]
+    images = [image for table in tables for image in table.column("image").to_pylist()]
+    weights = ray.get(online.weights)
+    network = resnet.build(weights, image_size=online.image_size, precision=online.precision)
+
+    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
+        out = np.empty((indices.size, FEATURES), np.float32)
+        for start in range(0, indices.size, online.batch_size):
+            hooks.doing(f"drawing views, epoch {epoch + 1}, {start:,} of {indices.size:,}")
+            rows = indices[start : start + online.batch_size]
+            stack = np.zeros((online.batch_size, online.image_size, online.image_size, 3), np.uint8)
+            for i, row in enumerate(rows):
+                stack[i] = draw_view(
+                    decode(images[row], online.image_size).pixels,
+                    key=keys[row],
+                    number=epoch + 1 if online.augment else 0,
+                    seed=job.seed,
+                )
+            out[start : start + rows.size] = network.predict_on_batch(stack)[: rows.size]
+        return out
+
+    return gather

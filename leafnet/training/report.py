@@ -1,0 +1,551 @@
+"""The report of a training run: RUN/report.html, made of what the run has stored.
+
+It can be written again at any time. Photographs in it are thumbnails: those of the galleries are
+kept beside it in gallery.parquet, samples of each class come from the shards, and are left out when
+the shards are gone.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from leafnet.core import storage
+from leafnet.core.errors import UserError
+from leafnet.core.settings import flat
+from leafnet.data import shards, thumbnails
+from leafnet.data.images import ImageError, decode
+from leafnet.data.shards import SPLITS, ShardIndex
+from leafnet.evaluation.gallery import Item
+from leafnet.metrics.thresholds import REVIEW_ALL
+from leafnet.reporting import charts, pages
+from leafnet.training.settings import describe_stages
+
+NAME = "report.html"
+
+GALLERY = "gallery.parquet"
+
+
+_SIDE = 160  # pixels
+
+_QUALITY = 80
+
+_SAMPLES = 8  # of a class, or fewer where there are many classes
+
+_MAX_SAMPLES = 240
+
+# Row groups that are read for samples at most: rare classes may be in none of them.
+_MAX_GROUPS = 8
+
+_MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
+
+_MAX_CONFUSED = 12  # pairs of classes that are listed
+
+_MAX_PAIRS = 30  # duplicates that are listed
+
+_MAX_REJECTED = 30
+
+_FEW = 10  # photographs of a class in a split, of which shares say little
+
+_MAX_FEW = 8  # such classes that are named
+
+
+_GALLERY_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("key", pa.string()),
+        ("label", pa.string()),
+        ("predicted", pa.string()),
+        ("confidence", pa.float64()),
+        ("jpeg", pa.binary()),
+        ("cam_jpeg", pa.binary()),
+    ]
+)
+
+
+_KINDS = (
+    ("confident-error", "Most confident errors", "Wrong, and the surest of it."),
+    (
+        "likely-wrong-label",
+        "Likely wrong labels",
+        "The model is sure of another label than the photograph has. Look whether it is right.",
+    ),
+    ("confused-pair", "Most confused classes", "Photographs of the pairs that are mixed up most."),
+)
+
+
+_STAGES = {
+    "start": ("start", "Ray and settings"),
+    "features": ("features", "views through the frozen network"),
+    "search": ("search", "settings of the head tried, or folds"),
+    "head": ("head", "fitted on the features"),
+    "fine_tune": ("fine-tune", "last stages and head, on photographs"),
+    "fine_tuned_features": ("features again", "views through the fine-tuned network"),
+    "int8": ("int8", "quantized and checked"),
+    "publish": ("publish", "model written"),
+    "evaluation": ("evaluation", "intervals, slices and galleries"),
+    "total": ("all", ""),
+}
+
+
+def write(run: str, items: Sequence[Item] | None = None) -> str:
+    """Write the report of the finished run `run`; returns its URL.
+
+    Args:
+        run: folder or URL of the run.
+        items: of the galleries, kept from now on; None: those kept, or else samples of each class.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    run = storage.absolute(run)
+    stored = _stored(run)
+    if items is None:
+        items = _kept(run)
+    if not any(item.kind == "sample" for item in items):
+        items = [*items, *_samples_of(stored["model"])]
+    _keep(run, items)
+    target = storage.join(run, NAME)
+    storage.write_bytes(target, pages.render("run.html", **_content(run, stored, items)))
+    return target
+
+
+def _stored(run: str) -> dict[str, Any]:
+    try:
+        return {
+            "run": storage.read_json(storage.join(run, "run.json")),
+            "metrics": _of_splits(storage.read_json(storage.join(run, "metrics.json"))),
+            "model": storage.read_json(storage.join(run, "model", "model.json")),
+            "history": _history(storage.read_bytes(storage.join(run, "history.csv"))),
+            "fine_tune": _history_of_fine_tune(run),
+            "settings": yaml.safe_load(storage.read_bytes(storage.join(run, "config.yaml"))),
+        }
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            "unfinished-run",
+            f"{run} is no finished run ({error}); train it with jobs/train.py",
+        ) from None
+
+
+def _of_splits(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of the splits, without what else there may be to tell of a run."""
+    return {split: metrics[split] for split in metrics if split in SPLITS}
+
+
+def _history(data: bytes) -> list[dict[str, float]]:
+    rows = csv.DictReader(io.StringIO(data.decode()))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def _history_of_fine_tune(run: str) -> list[dict[str, float]]:
+    try:
+        return _history(storage.read_bytes(storage.join(run, "fine_tune.csv")))
+    except FileNotFoundError:
+        return []
+
+
+# Photographs
+
+
+def _keep(run: str, items: Sequence[Item]) -> None:
+    table = pa.Table.from_pylist([asdict(item) for item in items], _GALLERY_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none")
+    storage.write_bytes(storage.join(run, GALLERY), sink.getvalue().to_pybytes())
+
+
+def _kept(run: str) -> list[Item]:
+    try:
+        data = storage.read_bytes(storage.join(run, GALLERY))
+    except FileNotFoundError:
+        return []
+    return [Item(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+
+
+def _samples_of(model: Mapping[str, Any]) -> list[Item]:
+    """Samples of the training photographs, none when the data set is gone or is another one."""
+    data = model.get("data", {})
+    try:
+        index = shards.read_index(data["shards"])
+    except (KeyError, UserError):
+        return []
+    return samples(index) if index.fingerprint == data["fingerprint"] else []
+
+
+def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
+    """Some photographs of each class of `split`, in the order of the classes.
+
+    They are the first of the shards, which are shuffled. At most 8 row groups are read, so that a
+    class may have fewer than others.
+    """
+    wanted = max(1, min(_SAMPLES, _MAX_SAMPLES // len(index.class_names)))
+    found: dict[int, list[Item]] = {i: [] for i in range(len(index.class_names))}
+    for number, table in enumerate(
+        shards.unchecked_groups(index, split, ["key", "image", "label"])
+    ):
+        for row in table.to_pylist():
+            of_class = found[row["label"]]
+            if len(of_class) < wanted:
+                name = index.class_names[row["label"]]
+                try:
+                    small = thumbnail(row["image"])
+                except ImageError:  # it is not this report's to judge the data set
+                    continue
+                of_class.append(Item("sample", row["key"], name, name, 1.0, small, None))
+        if number + 1 == _MAX_GROUPS or all(len(items) == wanted for items in found.values()):
+            break
+    return [item for items in found.values() for item in items]
+
+
+def thumbnail(image: bytes) -> bytes:
+    """A JPEG of the encoded photograph `image`, at most 160 pixels.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    photo = decode(image, _SIDE)
+    return thumbnails.jpeg(
+        photo.pixels, width=photo.width, height=photo.height, side=_SIDE, quality=_QUALITY
+    )
+
+
+# The page
+
+
+def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict[str, Any]:
+    model, metrics, facts = stored["model"], stored["metrics"], stored["run"]
+    split = next(iter(metrics))
+    scores = metrics[split]
+    names = model["class_names"]
+    colour = {
+        name: charts.key_mark(min(i, charts.COLOURS), f"c{i}" if i < charts.COLOURS else "cx")
+        for i, name in enumerate(names)
+    }
+    return {
+        "name": run.rsplit("/", 1)[-1],
+        "run": run,
+        "model": model,
+        "metrics": metrics,
+        "split": split,
+        "scores": scores,
+        "weakest": min(scores["per_class"].items(), key=lambda entry: entry[1]["recall"]),
+        "facts": facts,
+        "alarms": _alarms(model, metrics, split),
+        "curves": _curves(stored["history"], model["best_epoch"]),
+        "history": stored["history"],
+        "fine_tune": _fine_tune(facts.get("fine_tune"), stored["fine_tune"]),
+        "confusion": _confusion(scores, names, split),
+        "confused": _confused(scores["confusion"], names),
+        "per_class": _per_class(scores, colour),
+        "reliability": _reliability(scores, split),
+        "review": model.get("review"),
+        "review_all": REVIEW_ALL,
+        "galleries": _galleries(items, colour),
+        "samples": _by_class(items, names),
+        "colour": colour,
+        "data": _data(model),
+        "stages": _stages(facts),
+        "settings": [(name, _shown(value)) for name, value in flat(stored["settings"]).items()],
+        "fingerprints": {
+            "model": model["model_id"],
+            "weights file": model["weights"]["sha256"],
+            "backbone": model.get("backbone", {}).get("fingerprint", "?"),
+            "data set": model.get("data", {}).get("fingerprint", "?"),
+            "git commit": model.get("git_commit") or "none",
+        },
+    }
+
+
+def _alarms(model: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> list[str]:
+    told = []
+    if model.get("backbone", {}).get("source") == "random":
+        told.append(
+            "The backbone has random weights: this is a check of the pipeline, and its figures say "
+            "nothing about leaves."
+        )
+    scores = metrics[split]
+    told += _few(scores["per_class"], split)
+    train = metrics.get("train")
+    if train and split != "train" and train["accuracy"] - scores["accuracy_high"] > 0.1:
+        told.append(
+            f"On the training photographs {pages.percent(train['accuracy'])} are right, on "
+            f"{split} {pages.percent(scores['accuracy'])}: the head has learnt them by heart. More "
+            "photographs or more views help."
+        )
+    review = model.get("review")
+    if review and review["confidence"] == REVIEW_ALL:
+        told.append(
+            f"No confidence gives {review['precision_target']:.0%} right predictions on "
+            "validation, so that every photograph is for review."
+        )
+    return told
+
+
+def _few(per_class: Mapping[str, Any], split: str) -> list[str]:
+    """A sentence on the classes with so few photographs that their figures say little.
+
+    >>> _few({"rust": {"support": 4}, "scab": {"support": 90}}, "test")
+    ['rust has 4 photographs in the test split: its figures are a matter of chance.']
+    >>> _few({"rust": {"support": 4}, "scab": {"support": 9}}, "test")[0].split(" in ")[0]
+    'rust (4) and scab (9) have few photographs'
+    """
+    few = {name: one["support"] for name, one in per_class.items() if one["support"] < _FEW}
+    if not few:
+        return []
+    if len(few) == 1:
+        ((name, count),) = few.items()
+        return [
+            f"{name} has {count} photograph{'s' * (count != 1)} in the {split} split: its figures "
+            "are a matter of chance."
+        ]
+    named = [f"{name} ({count})" for name, count in few.items()]
+    if len(named) > _MAX_FEW:
+        named = [*named[: _MAX_FEW - 1], f"{len(named) - _MAX_FEW + 1} more classes"]
+    return [
+        f"{', '.join(named[:-1])} and {named[-1]} have few photographs in the {split} split: their "
+        "figures are a matter of chance."
+    ]
+
+
+def _curves(
+    history: Sequence[Mapping[str, float]],
+    best_epoch: int,
+    head_alone: Mapping[str, float] | None = None,
+) -> list[Any]:
+    last, before = history[-1], head_alone or {}
+    made = []
+    for quantity, show in (("loss", "{:.3g}".format), ("accuracy", pages.percent)):
+        ends = ", ".join(
+            f"{split} {show(last[f'{split}_{quantity}'])}"
+            for split in ("train", "valid")
+            if f"{split}_{quantity}" in last
+        )
+        told = (
+            f"{quantity.capitalize()} over {len(history)} epoch{'s' * (len(history) > 1)}; at the "
+            f"end {ends}. "
+        )
+        told += (
+            f"The best epoch is {best_epoch}."
+            if best_epoch
+            else "No epoch was better than the head alone."
+        )
+        alone = before.get(f"valid_{quantity}")
+        if alone is not None:
+            told += f" Dotted: the head alone on validation, {show(alone)}."
+        if quantity == "loss":
+            limit, largest = charts.loss_limit(history, alone)
+            if largest > limit:
+                told += f" Higher than {limit:.2g} it is cut off: the most was {largest:.3g}."
+        svg = charts.curves(history, quantity, best_epoch=best_epoch, told=told, head_alone=alone)
+        made.append((quantity.capitalize(), svg, told))
+    return made
+
+
+def _fine_tune(
+    facts: Mapping[str, Any] | None, history: Sequence[Mapping[str, float]]
+) -> dict[str, Any] | None:
+    """What is told of fine-tuning, from run.json and fine_tune.csv; None: there was none."""
+    if not facts or not history:
+        return None
+    alone, best = facts.get("head_alone_valid", {}), facts["best_epoch"]
+    stages = describe_stages(facts["blocks"])
+    count = f"{len(history)} epoch{'s' * (len(history) > 1)}"
+    if not facts["published"]:
+        lowest = min(history, key=lambda row: row.get("valid_loss", math.inf))
+        told = (
+            f"Nothing was gained by fine-tuning {stages} for {count}: on validation the lowest "
+            f"loss was {lowest['valid_loss']:.3g}"
+            + (f", that of the head alone is {alone['valid_loss']:.3g}" if alone else "")
+            + ". The head alone was kept and is published."
+        )
+    elif alone:
+        (row,) = (row for row in history if row["epoch"] == best)
+        told = (
+            f"Fine-tuning {stages} took validation accuracy from "
+            f"{pages.percent(alone['valid_accuracy'])}, by the head alone, to "
+            f"{pages.percent(row['valid_accuracy'])}, and the loss from {alone['valid_loss']:.3g} "
+            f"to {row['valid_loss']:.3g}, in epoch {best} of {len(history)}, which is published."
+        )
+    else:
+        told = (
+            f"Of fine-tuning {stages} for {count}, epoch {best} is published; what it gained is "
+            "not known without a validation split."
+        )
+    waited = (
+        f"Of the time of its steps, {pages.percent(facts['waited'])} was spent waiting for "
+        f"photographs; {facts['images_per_s']:,.1f} images/s in the mean."
+    )
+    before, after = facts.get("head_alone", {}), facts.get("fine_tuned", {})
+    return {
+        "stages": stages,
+        "told": told,
+        "waited": waited,
+        "curves": _curves(history, best, alone),
+        "history": history,
+        "splits": [(split, before[split], after[split]) for split in before if split in after],
+        "best_epoch": best,
+    }
+
+
+def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> dict[str, Any]:
+    """Rows of cells, or a picture of them where there are very many classes."""
+    confusion = scores["confusion"]
+    if len(names) > _MAX_MATRIX:
+        from leafnet.reporting import plots  # matplotlib, which takes half a second to import
+
+        return {"png": plots.confusion_png(confusion, names, title=f"{split} split")}
+    rows = []
+    for i, name in enumerate(names):
+        total = max(sum(confusion[i]), 1)
+        cells = [
+            {
+                "count": count,
+                "share": count / total,
+                "right": i == j,
+                # The root keeps an error of a few per cent visible.
+                "shade": round((count / total) ** (1.0 if i == j else 0.5), 3),
+            }
+            for j, count in enumerate(confusion[i])
+        ]
+        rows.append((name, cells))
+    return {"png": None, "rows": rows}
+
+
+def _confused(
+    confusion: Sequence[Sequence[int]], names: Sequence[str]
+) -> list[tuple[str, str, int, float]]:
+    """(true, predicted, photographs, share of the true class), the most frequent first."""
+    found = [
+        (names[i], names[j], count, count / sum(row))
+        for i, row in enumerate(confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(found, key=lambda pair: -pair[2])[:_MAX_CONFUSED]
+
+
+def _per_class(scores: Mapping[str, Any], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "key": colour[name]}
+        | of_class
+        | {
+            "bar": charts.interval(
+                of_class["recall_low"], of_class["recall"], of_class["recall_high"]
+            )
+        }
+        for name, of_class in scores["per_class"].items()
+    ]
+
+
+def _reliability(scores: Mapping[str, Any], split: str) -> dict[str, Any]:
+    told = (
+        f"Share that is right against confidence on the {split} split. The expected calibration "
+        f"error is {scores['ece']:.3f}."
+    )
+    return {"svg": charts.reliability(scores["calibration"], told=told), "told": told}
+
+
+def _galleries(items: Sequence[Item], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
+    made = []
+    for kind, title, words in _KINDS:
+        mine = [item for item in items if item.kind == kind]
+        if not mine:
+            continue
+        groups: dict[str, list[Item]] = {}
+        for item in mine:
+            pair = f"{item.label} taken for {item.predicted}" if kind == "confused-pair" else ""
+            groups.setdefault(pair, []).append(item)
+        made.append(
+            {
+                "kind": kind,
+                "title": title,
+                "words": words,
+                "groups": groups,
+                "maps": any(item.cam_jpeg for item in mine),
+            }
+        )
+    return made
+
+
+def _by_class(items: Sequence[Item], names: Sequence[str]) -> dict[str, list[Item]]:
+    found = {
+        name: [item for item in items if item.kind == "sample" and item.label == name]
+        for name in names
+    }
+    return {name: of_class for name, of_class in found.items() if of_class}
+
+
+def _data(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts, duplicates and rejected photographs, as far as the data set is still there."""
+    data = model.get("data", {})
+    told: dict[str, Any] = {"shards": data.get("shards", "?"), "counts": None, "prepared": {}}
+    try:
+        index = shards.read_index(data["shards"])
+    except (KeyError, UserError):
+        return told | {"gone": True}
+    if index.fingerprint != data["fingerprint"]:
+        return told | {"gone": True}
+    pairs = _table(index.root, "duplicates.parquet")
+    rejected = _table(index.root, "rejected.parquet")
+    return told | {
+        "gone": False,
+        "splits": [split for split in SPLITS if index.examples(split)],
+        "counts": index.counts,
+        "totals": {split: index.examples(split) for split in SPLITS},
+        "class_names": index.class_names,
+        "prepared": shards.prepared(index.root),
+        "pairs": pairs[:_MAX_PAIRS],
+        "pairs_left_out": max(0, len(pairs) - _MAX_PAIRS),
+        "rejected": rejected[:_MAX_REJECTED],
+        "rejected_left_out": max(0, len(rejected) - _MAX_REJECTED),
+    }
+
+
+def _table(root: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that jobs/prepare.py left beside the shards, if it did."""
+    try:
+        data = storage.read_bytes(storage.join(root, name))
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(data)).to_pylist()
+    return rows
+
+
+def _stages(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    seconds, rates = facts["seconds"], dict(facts.get("images_per_second", {}))
+    if "fine_tune" in facts:
+        rates["fine_tune"] = facts["fine_tune"]["images_per_s"]
+    longest = max((value for stage, value in seconds.items() if stage != "total"), default=1.0)
+    return [
+        {
+            "title": title,
+            "words": words,
+            "seconds": seconds[stage],
+            "rate": rates.get(stage),
+            "width": 0 if stage == "total" else round(100 * seconds[stage] / max(longest, 1e-9)),
+        }
+        for stage, (title, words) in _STAGES.items()
+        if stage in seconds
+    ] + [
+        {"title": stage, "words": "", "seconds": value, "rate": rates.get(stage), "width": 0}
+        for stage, value in seconds.items()
+        if stage not in _STAGES
+    ]
+
+
+def _shown(value: Any) -> str:
+    """
+    >>> _shown(None), _shown(True), _shown([512, 128])
+    ('none', 'true', '512,128')
+    """
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,399 @@
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from leafnet.core import storage
+from leafnet.core.errors import UserError
+from leafnet.data import shards
+from leafnet.data.shards import Shard
+from leafnet.scoring import listing
+from leafnet.scoring.listing import Listing
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    root = str(tmp_path / "in") if request.param == "local" else f"memory://{tmp_path.name}/in"
+    for name in ("a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png", ".hidden", "note.txt"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    return root
+
+
+def names(found: Listing, root: str) -> list[str]:
+    images = found.photographs["image"].to_pylist()
+    assert all(image.startswith(root) for image in images)
+    return sorted(image.removeprefix(root).lstrip("/") for image in images)
+
+
+def test_folder(root: str) -> None:
+    found = listing.look(root + "/")
+    assert names(found, root) == ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]
+    assert found.kind == "folder"
+    assert found.notes == ("passed over 1 other files (1 .txt)",)
+    assert sorted(found.photographs["size"].to_pylist()) == [7, 7, 7, 13]
+    assert found.photographs["row"].null_count == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected", "kind"),
+    [
+        ("a-", ["a-1.jpg", "a-2.jpg"], "prefix"),
+        ("de", ["deep/er/c.png"], "prefix"),
+        ("*-1.jpg", ["a-1.jpg", "b-1.jpg"], "glob"),
+        ("**/*.png", ["deep/er/c.png"], "glob"),
+        ("de*", ["deep/er/c.png"], "glob"),
+        ("a-2.jpg", ["a-2.jpg"], "file"),
+    ],
+)
+def test_prefix_glob_and_file(root: str, pattern: str, expected: list[str], kind: str) -> None:
+    found = listing.look(storage.join(root, pattern))
+    assert names(found, root) == expected
+    assert found.kind == kind
+
+
+@pytest.mark.parametrize("pattern", ["none-*.jpg", "none", "none/"])
+def test_nothing_there(root: str, pattern: str) -> None:
+    with pytest.raises(UserError, match="nothing is there") as caught:
+        listing.look(f"{root}/{pattern}")
+    assert caught.value.reason == "no-images"
+
+
+def test_an_empty_folder_is_a_night_without_photographs(tmp_path: Path) -> None:
+    assert listing.look(str(tmp_path)).photographs.num_rows == 0
+
+
+def test_version_follows_content(root: str) -> None:
+    def versions() -> dict[str, str]:
+        table = listing.look(root).photographs
+        return dict(zip(table["image"].to_pylist(), table["version"].to_pylist(), strict=True))
+
+    before = versions()
+    storage.write_bytes(storage.join(root, "a-1.jpg"), b"other bytes")
+    after = versions()
+    assert {url for url in before if before[url] != after[url]} == {storage.join(root, "a-1.jpg")}
+    assert versions() == after
+
+
+def test_text_list(root: str) -> None:
+    url = storage.join(root, "list.txt")
+    lines = [storage.join(root, "a-1.jpg"), "", "# a remark", "b-1.jpg", "gone.jpg", "b-1.jpg"]
+    storage.write_bytes(url, "\r\n".join(lines).encode())
+    found = listing.look(url)
+    assert names(found, root) == ["a-1.jpg", "b-1.jpg", "gone.jpg"]
+    assert found.notes == ("1 of 4 lines are repeated",)
+    by_image = {row["image"]: row for row in found.photographs.to_pylist()}
+    assert by_image[storage.join(root, "gone.jpg")]["version"] is None
+    of_folder = {row["image"]: row for row in listing.look(root).photographs.to_pylist()}
+    for name in ("a-1.jpg", "b-1.jpg"):
+        place = storage.join(root, name)
+        assert by_image[place] == of_folder[place]
+
+
+def test_parquet_list(root: str) -> None:
+    url = storage.join(root, "list.parquet")
+
+    def write(table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        storage.write_bytes(url, sink.getvalue().to_pybytes())
+
+    images = [storage.join(root, "a-1.jpg"), storage.join(root, "b-1.jpg")]
+    write(pa.table({"other": [1, 2], "url": images}))
+    assert names(listing.look(url), root) == ["a-1.jpg", "b-1.jpg"]
+    write(pa.table({"image": images, "version": ["v1", "v2"]}))
+    assert listing.look(url).photographs["version"].to_pylist() == ["v1", "v2"]
+    write(pa.table({"name": images}))
+    with pytest.raises(UserError, match="has the columns name; expected one of image"):
+        listing.look(url)
+    storage.write_bytes(url, b"PAR1 no")
+    with pytest.raises(UserError, match="is not a Parquet file"):
+        listing.look(url)
+
+
+def test_shards(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    rows = [("k/1.jpg", b"1"), ("k/2.jpg", b"2"), ("k/3.jpg", b"3")]
+    made = {
+        "key": [key for key, _ in rows],
+        "image": [image for _, image in rows],
+        "label": [0, 1, 0],
+        "split": ["test"] * 3,
+        "width": [1] * 3,
+        "height": [1] * 3,
+        "sha256": ["x"] * 3,
+    }
+    shard = shards.write_shard(root, "test-00000.parquet", pa.table(made), row_group=2)
+    shards.write_index(root, class_names=("a", "b"), shards=[shard], counts={}, prepared={})
+    for given in (root, f"{root}/index.json"):
+        found = listing.look(given)
+        assert found.kind == "shards"
+        assert found.photographs["image"].to_pylist() == [
+            f"{root}/test-00000.parquet#{key}" for key, _ in rows
+        ]
+        assert found.photographs["row"].to_pylist() == [0, 1, 2]
+        assert set(found.photographs["version"].to_pylist()) == {shard.sha256[:16]}
+
+
+def test_a_folder_with_an_index_of_others_is_a_folder(root: str) -> None:
+    storage.write_bytes(storage.join(root, "index.json"), b'{"pages": []}')
+    assert listing.look(root).kind == "folder"
+
+
+def test_what_is_no_regular_file_is_listed_without_a_version(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")).write_bytes(b"x")
+    table = listing.look(str(tmp_path)).photographs
+    rows = {row["image"].rsplit("/", 1)[1]: row["version"] for row in table.to_pylist()}
+    assert rows["pipe.jpg"] is None
+    assert rows["link.jpg"] is None
+    assert rows["\\udcff.jpg"] is not None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**", ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]),
+        ("*", ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]),
+        ("**/*", ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]),
+        # `deep` and `deep/er` match, each with the photograph in it, which does not.
+        ("**/*ee*", ["deep/er/c.png"]),
+        ("**/*e*", ["deep/er/c.png"]),
+        ("deep/*r", ["deep/er/c.png"]),
+        (".h*", [".hidden"]),
+    ],
+)
+def test_a_photograph_is_listed_once_however_often_it_matches(
+    root: str, pattern: str, expected: list[str]
+) -> None:
+    storage.write_bytes(storage.join(root, "half.jpg.tmp"), b"being written")
+    storage.write_bytes(storage.join(root, ".cache", "d.jpg"), b"hidden")
+    assert names(listing.look(storage.join(root, pattern)), root) == expected
+
+
+@pytest.mark.parametrize(("protocol", "slash"), [("s3://", ""), ("memory://", "/"), ("", "/")])
+def test_folders_of_a_glob_give_what_it_has_not_given(
+    protocol: str, slash: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some filesystems begin paths with a slash, and others do not."""
+    start = protocol or slash
+
+    def in_folder(folder: str) -> list[dict[str, str]]:
+        of_folder = {f"{start}b/d": ["1", "e/2", "e/3"], f"{start}b/d/e": ["2", "3"]}
+        return [{"image": f"{folder}/{name}"} for name in of_folder[folder]]
+
+    monkeypatch.setattr(listing, "_in_folder", in_folder)
+    matched = {"b/d": "directory", "b/d/1": "file", "b/d/e": "directory", "b/4": "file"}
+    found = {slash + name: {"type": kind, "size": 7} for name, kind in matched.items()}
+    images = [row["image"] for row in listing._of_infos(f"{start}b/**", found)]
+    assert images == [f"{start}b/{name}" for name in ("d/1", "4", "d/e/2", "d/e/3")]
+
+
+def test_hidden_files_and_those_being_written_are_passed_over(root: str) -> None:
+    for name in (".git/a.jpg", "deep/.cache/b.jpg", "deep/c.jpg.tmp", ".tmp", "deep/x.tmp.jpg"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    expected = ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png", "deep/x.tmp.jpg"]
+    assert names(listing.look(root), root) == expected
+
+
+def test_a_marker_of_a_folder_is_no_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles of object stores make an empty object `name/` for a new folder."""
+
+    class Store:
+        def walk(self, path: str, *, detail: bool) -> list[Any]:
+            assert detail
+            files = [{"name": f"b/in/{name}", "ETag": name, "size": 3} for name in ("", "a", "d/")]
+            return [(path, {}, {str(i): info for i, info in enumerate(files)})]
+
+    monkeypatch.setattr(storage, "filesystem", lambda url: (Store(), "b/in/"))
+    (row,) = listing._in_folder("s3://b/in/")
+    assert row == {"image": "s3://b/in/a", "version": "a", "size": 3, "row": None}
+
+
+def local_version(path: Path, content: bytes, *, mtime_ns: int) -> tuple[str, str, int]:
+    """The version of a file by its folder and by itself, and its size."""
+    path.write_bytes(content)
+    os.utime(path, ns=(0, mtime_ns))
+    (row,) = listing.look(str(path.parent)).photographs.to_pylist()
+    (alone,) = listing.look(str(path)).photographs.to_pylist()
+    return row["version"], alone["version"], row["size"]
+
+
+def test_version_of_a_file_is_its_time_and_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    now = 1_700_000_000_123_456_789
+    assert local_version(path, b"one", mtime_ns=now) == (f"{now}-3", f"{now}-3", 3)
+    # Replaced by one of the same size, a billionth of a second later.
+    assert local_version(path, b"two", mtime_ns=now + 1) == (f"{now + 1}-3", f"{now + 1}-3", 3)
+    assert local_version(path, b"three", mtime_ns=now + 1)[0] == f"{now + 1}-5"
+
+
+def test_version_from_what_a_filesystem_tells() -> None:
+    moment = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    seconds = moment.timestamp()
+    assert listing.version({"mtime": 12.5, "size": 3}) != listing.version({"mtime": 13, "size": 3})
+    assert listing.version({"mtime": 12.5, "size": 3}) != listing.version(
+        {"mtime": 12.5, "size": 4}
+    )
+    for key in ("LastModified", "last_modified", "Last-Modified", "updated", "created", "mtime"):
+        assert listing.version({key: moment, "size": 3}) == f"{seconds}-3"
+        assert listing.version({key: seconds, "size": 3}) == f"{seconds}-3"
+    for key in ("ETag", "etag", "e_tag", "md5Hash", "content_md5"):
+        assert listing.version({key: '"abc"', "mtime": 1, "size": 3}) == "abc"
+    assert listing.version({"ETag": "", "mtime": 1.5, "size": 3}) == "1.5-3"
+    assert listing.version({"size": 3}) == "-3"
+
+
+def test_a_size_that_is_not_known(root: str) -> None:
+    assert listing._row("s3://b/a", {"ETag": "1"})["size"] is None
+    assert listing._row("s3://b/a", {"ETag": "1", "size": 0})["size"] == 0
+
+
+def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "again").symlink_to(tmp_path)
+    rows = listing.look(str(tmp_path)).photographs.to_pylist()
+    found = {row["image"]: (row["version"] is None, row["size"]) for row in rows}
+    assert found == {f"{tmp_path}/a.jpg": (False, 1), f"{tmp_path}/again": (True, None)}
+
+
+def test_the_five_most_frequent_kinds_of_other_files_are_told(root: str) -> None:
+    kinds = {".csv": 6, ".json": 5, ".md": 4, ".xml": 3, ".log": 2, ".TXT": 1}
+    for kind, count in kinds.items():
+        for i in range(count):
+            storage.write_bytes(storage.join(root, f"{i}{kind}"), b"x")
+    told = "6 .csv, 5 .json, 4 .md, 3 .xml, 2 .log"
+    assert listing.look(f"{root}/[0-9a]*").notes == (f"passed over 21 other files ({told})",)
+    assert listing.look(f"{root}/a-").notes == ()
+
+
+def test_one_file_is_listed_as_its_folder_lists_it(root: str) -> None:
+    of_folder = {row["image"]: row for row in listing.look(root).photographs.to_pylist()}
+    url = storage.join(root, "deep/er/c.png")
+    found = listing.look(url)
+    assert (found.kind, found.images, found.notes) == ("file", url, ())
+    assert found.photographs.to_pylist() == [of_folder[url]]
+    assert found.photographs.schema.equals(listing.SCHEMA)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 3, 4, 7])
+def test_a_long_list_is_put_together_from_pieces(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_CHUNK", 3)
+    urls = [f"/nowhere/{i}.jpg" for i in range(rows)]
+    (tmp_path / "list.lst").write_text("\n".join(urls))
+    table = listing.look(str(tmp_path / "list.lst")).photographs
+    assert table["image"].to_pylist() == urls
+    pieces = [len(piece) for piece in table["image"].chunks]
+    assert pieces == [*[3] * (rows // 3), rows % 3]
+    assert table.schema.equals(listing.SCHEMA)
+
+
+def test_what_a_list_names(root: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.jpg"
+    elsewhere.write_bytes(b"12345")
+    storage.write_bytes(f"memory://{tmp_path.name}/other/d.jpg", b"123")
+    lines = ["\ufeff" + f"memory://{tmp_path.name}/other/d.jpg", str(elsewhere), "deep/er/c.png"]
+    lines += ["  a-1.jpg  ", "#b-1.jpg", "", "a-2.jpg#"]
+    storage.write_bytes(storage.join(root, "LIST.TXT"), "\n".join(lines).encode())
+    found = listing.look(storage.join(root, "LIST.TXT"))
+    assert (found.kind, found.notes) == ("list", ())
+    rows = {row["image"]: row["size"] for row in found.photographs.to_pylist()}
+    assert rows == {
+        f"memory://{tmp_path.name}/other/d.jpg": 3,
+        str(elsewhere): 5,
+        storage.join(root, "deep/er/c.png"): 13,
+        storage.join(root, "a-1.jpg"): 7,
+        storage.join(root, "a-2.jpg#"): None,
+    }
+
+
+def test_a_list_that_is_no_text(root: str) -> None:
+    storage.write_bytes(storage.join(root, "list.txt"), b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match=r"list\.txt is not UTF-8 text: ") as caught:
+        listing.look(storage.join(root, "list.txt"))
+    assert caught.value.reason == "bad-list"
+
+
+def test_columns_of_a_parquet_list(tmp_path: Path) -> None:
+    columns = {
+        "url": ["/wrong"] * 5,
+        "image": ["/a", None, "/b", "/a", "c"],
+        "version": ["1", "2", "3", "4", None],
+        "label": [0] * 5,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "list.PARQUET")
+    found = listing.look(str(tmp_path / "list.PARQUET"))
+    # The first of what is repeated, and no row for what has no URL.
+    assert found.photographs.to_pylist() == [
+        {"image": "/a", "version": "1", "size": None, "row": None},
+        {"image": "/b", "version": "3", "size": None, "row": None},
+        {"image": f"{tmp_path}/c", "version": None, "size": None, "row": None},
+    ]
+    assert found.notes == ("1 of 4 lines are repeated",)
+
+
+@pytest.mark.parametrize("column", ["image", "url", "path", "file", "uri"])
+def test_names_of_the_column_of_a_parquet_list(column: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"123")
+    pq.write_table(pa.table({column: ["a.jpg"]}), tmp_path / "list.parquet")
+    (row,) = listing.look(str(tmp_path / "list.parquet")).photographs.to_pylist()
+    assert (row["image"], row["size"]) == (f"{tmp_path}/a.jpg", 3)
+    assert row["version"].endswith("-3")
+
+
+def write_shard(root: str, name: str, keys: list[str]) -> Shard:
+    made = {
+        "key": keys,
+        "image": [key.encode() for key in keys],
+        "label": [0] * len(keys),
+        "split": ["test"] * len(keys),
+        "width": [1] * len(keys),
+        "height": [1] * len(keys),
+        "sha256": ["x"] * len(keys),
+    }
+    return shards.write_shard(root, name, pa.table(made), row_group=2)
+
+
+def test_examples_of_several_shards(root: str) -> None:
+    two = write_shard(root, "test-00000.parquet", ["a/1", "b/2"])
+    three = write_shard(root, "test-00001.parquet", ["c", "d#e", "f"])
+    shards.write_index(root, class_names=("a",), shards=[two, three], counts={}, prepared={})
+    found = listing.look(root).photographs
+    assert found.schema.equals(listing.SCHEMA)
+    first, second = (storage.join(root, shard.name) for shard in (two, three))
+    expected = [
+        (f"{first}#a/1", two.sha256[:16], None, 0),
+        (f"{first}#b/2", two.sha256[:16], None, 1),
+        (f"{second}#c", three.sha256[:16], None, 0),
+        (f"{second}#d#e", three.sha256[:16], None, 1),
+        (f"{second}#f", three.sha256[:16], None, 2),
+    ]
+    assert [tuple(row.values()) for row in found.to_pylist()] == expected
+    storage.delete(first)
+    with pytest.raises(UserError, match=f"cannot read {first} .* prepare the data set") as caught:
+        listing.look(root)
+    assert caught.value.reason == "shard-missing"
+
+
+@pytest.mark.parametrize(
+    "text", ['["shards", "class_names"]', '{"shards": []}', "3", "no JSON", '{"class_names": []}']
+)
+def test_an_index_of_others_is_a_file_of_theirs(root: str, text: str) -> None:
+    storage.write_bytes(storage.join(root, "index.json"), text.encode())
+    assert names(listing.look(root), root) == ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]
+    assert listing.look(storage.join(root, "index.json")).kind == "file"
+
+
+def test_an_index_of_shards_is_told_by_its_name_and_its_keys(root: str) -> None:
+    text = b'{"shards": [], "class_names": []}'
+    storage.write_bytes(storage.join(root, "other.json"), text)
+    assert listing.look(storage.join(root, "other.json")).kind == "file"
+    storage.write_bytes(storage.join(root, "index.json"), text)
+    with pytest.raises(UserError):  # it is one of shards, and says not enough
+        listing.look(root)
