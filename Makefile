@@ -8,46 +8,40 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench findings clean s3-server browser
+.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench findings clean tools
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 # The tests that share a local Ray come one after the other.
-test: $(READY) s3-server browser
+test: $(READY) tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not faults"
 	$(BIN)/python -m pytest -m "ray and not slow and not faults" tests
 
 # Jobs from end to end, killed, submitted and on S3: as long again.
-test-slow: $(READY) s3-server browser
+test-slow: $(READY) tools
 	$(BIN)/python -m pytest -m "slow and not faults" tests
 
 # Kills workers, machines and drivers at random times for ten minutes.
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m "faults or not faults" tests/faults/test_faults.py
 
-# A real S3 server for the tests, from the system's packages: as root, where there is apt-get.
-s3-server:
-	@command -v radosgw >/dev/null && exit; \
+# A real S3 server, a browser for the reports and systemd's check of units, from the system's
+# packages: as root, where there is apt-get.
+tools:
+	@missing=""; \
+	command -v radosgw >/dev/null || missing="$$missing $(RADOSGW)"; \
+	command -v chromium >/dev/null || missing="$$missing $(CHROMIUM)"; \
+	command -v systemd-analyze >/dev/null || missing="$$missing systemd"; \
+	[ -z "$$missing" ] && exit; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing $(RADOSGW), a real S3 server for the tests (500 MB)"; \
+	  echo "installing what some tests need (up to 900 MB):$$missing"; \
 	  { timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-	    timeout 600 apt-get install -y -qq --no-install-recommends $(RADOSGW); } >/dev/null 2>&1; \
+	    timeout 900 apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null 2>&1 \
+	    && exit; \
 	fi; \
-	command -v radosgw >/dev/null || echo "left out: the tests on a real S3 server; radosgw cannot" \
-	  "be installed here. As root on Debian: apt-get install --no-install-recommends $(RADOSGW)"
-
-# A real browser for the tests of the reports, likewise.
-browser:
-	@command -v chromium >/dev/null && exit; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing $(CHROMIUM), a browser for the tests of the reports (400 MB)"; \
-	  { timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-	    timeout 600 apt-get install -y -qq --no-install-recommends $(CHROMIUM); } >/dev/null 2>&1; \
-	fi; \
-	command -v chromium >/dev/null || echo "left out: the tests of the reports in a browser;" \
-	  "chromium cannot be installed here. As root on Debian:" \
-	  "apt-get install --no-install-recommends $(CHROMIUM)"
+	echo "left out: the tests that need what cannot be installed here. As root on Debian:" \
+	  "apt-get install --no-install-recommends$$missing"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -252,7 +252,8 @@ class _Finder(ast.NodeVisitor):
             if keyword.arg not in (None, "strict"):
                 rest = [*node.keywords[:i], *node.keywords[i + 1 :]]
                 self._swap(node, ast.Call(node.func, node.args, rest))
-        self.generic_visit(node)
+        for each in [node.func, *node.args, *(k.value for k in node.keywords if k.arg != "strict")]:
+            self.visit(each)
 
 
 def _called(node: ast.Call) -> str:
