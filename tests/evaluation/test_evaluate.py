@@ -15,6 +15,7 @@ import pytest
 import ray
 from PIL import Image
 
+from leafnet.core import terminal
 from leafnet.core.cache import LocalCache
 from leafnet.core.errors import UserError
 from leafnet.core.settings import DataSettings
@@ -485,9 +486,15 @@ def without_a_network(monkeypatch: pytest.MonkeyPatch, other_model: str) -> None
 
 @pytest.mark.usefixtures("without_a_network")
 def test_a_document_of_two_models(
-    random_model: str, other_model: str, data_set: ShardIndex, tmp_path: Path
+    random_model: str,
+    other_model: str,
+    data_set: ShardIndex,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "numbers.json"
+    result: dict[str, Any] = {}
+    monkeypatch.setattr(terminal, "result", lambda **values: result.update(values))
     evaluate.run(
         settings(
             random_model,
@@ -521,6 +528,12 @@ def test_a_document_of_two_models(
     assert (scores["against"]["accuracy"], scores["against"]["difference"]) == (0.375, 0.125)
     assert scores["background"] is None
     assert (scores["tta"]["views"], scores["tta"]["times_as_long"]) == (4, 4.0)
+    # The last line of --json.
+    assert result == {
+        "model": random_model,
+        "model_id": document["model"]["model_id"],
+        "metrics": figures(document["splits"]),
+    }
 
 
 @pytest.mark.usefixtures("without_a_network")
