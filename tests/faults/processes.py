@@ -268,16 +268,15 @@ def _drive(folder: Path) -> None:
     from leafnet.distributed import session
     from leafnet.distributed.group import Survival
     from leafnet.training.head import worker as head_worker
-    from leafnet.training.head.worker import fit_and_evaluate, fit_head
 
     spec = json.loads((folder / "spec.json").read_text())
     job = pickle.loads((folder / "job.pickle").read_bytes())
     # By reference: the workers import this module.
     from tests.faults import processes as fault_processes
 
-    original = fit_and_evaluate
+    original = head_worker.fit_and_evaluate
     head_worker.fit_and_evaluate = fault_processes.loop
-    assert original is not fit_and_evaluate
+    assert original is not head_worker.fit_and_evaluate
     workers = spec["workers"]
     with (
         terminal.chatter_to(folder / "train.log"),
@@ -286,7 +285,7 @@ def _drive(folder: Path) -> None:
     ):
         began = time.monotonic()
         terminal.say("the fit begins")
-        result = fit_head(
+        result = head_worker.fit_head(
             job,
             count=tuple(workers) if isinstance(workers, list) else workers,
             cpus_per_worker=spec["cpus"],
