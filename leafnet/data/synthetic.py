@@ -1,8 +1,10 @@
 """Small drawn photographs of potato leaves, so that the demo and the tests download nothing.
 
-One leaf a picture, on a board or on soil, healthy or with one of two blights. They have the look
+One leaf a picture on a grey board, healthy or with one of two blights. They have the look
 of leaf photographs and their nuisances (light, pose, white balance, noise, EXIF rotation), and no
-more than that: what a model learns from them says nothing about real plants.
+more than that: what a model learns from them says nothing about real plants. Blights are advanced
+and the board is near the colour that ResNet50 subtracts, so that even an untrained network tells
+the classes apart.
 
 In shapes H and W are the height and width of the picture in pixels. Colours are RGB in [0, 1] until
 the last step.
@@ -25,7 +27,7 @@ CLASS_NAMES = ("early_blight", "healthy", "late_blight")
 Floats = NDArray[np.floating]
 
 
-SIZES = ((256, 256), (320, 240), (240, 320), (512, 384), (1024, 768))  # width, height
+SIZES = ((192, 192), (240, 180), (180, 240), (320, 240), (640, 480))  # width, height
 
 SIZE_SHARES = (0.36, 0.2, 0.2, 0.2, 0.04)
 
@@ -39,11 +41,12 @@ TURNS = (
 )
 
 
-BLADES = ((0.15, 0.27, 0.12), (0.25, 0.40, 0.16), (0.37, 0.48, 0.22), (0.25, 0.34, 0.23))
+BLADES = ((0.20, 0.34, 0.14), (0.25, 0.40, 0.16), (0.31, 0.44, 0.19), (0.25, 0.37, 0.20))
 
-BOARDS = ((0.80, 0.79, 0.86), (0.62, 0.71, 0.80), (0.58, 0.58, 0.57), (0.74, 0.69, 0.62))
+# Near ResNet50's mean colour, so that what is left of a picture's features is its leaf.
+BOARDS = ((0.44, 0.47, 0.52), (0.49, 0.49, 0.48), (0.56, 0.55, 0.53))
 
-SOILS = ((0.30, 0.23, 0.18), (0.46, 0.41, 0.35), (0.34, 0.33, 0.32))
+GRAVELS = ((0.86, 0.80, 0.72), (0.95, 0.92, 0.88))
 
 
 def write_photographs(
@@ -106,6 +109,42 @@ def draw_leaf(label: str, *, seed: int, width: int = 256, height: int = 256) -> 
     return _expose(rng, _mix(_background(rng, leaf), color, leaf.mask))
 
 
+def write_odd(root: str | Path, *, seed: int = 0) -> int:
+    """Number of files written to `root`: what a camera in the field delivers beside good leaves.
+
+    `covered_lens` and `no_leaf` are unlike all that is trained on; `blurred` and `both_blights` are
+    hard, and a model may be sure of them all the same; `broken` lacks the second half of its file.
+
+    Raises:
+        UserError: a negative seed.
+    """
+    _check_seed(seed)
+    rng = np.random.default_rng(seed)
+    side = 240
+    leaf = _place_leaf(rng, side, side)
+    color, relief = _blade(rng, leaf)
+    color = _late_blight(rng, leaf, _early_blight(rng, leaf, color)) * relief[..., None]
+    both = _expose(rng, _mix(_background(rng, leaf), color, leaf.mask))
+    sharp = draw_leaf("late_blight", seed=seed, width=side, height=side)
+    gravel = 0.5 + 0.5 * _step(_clouds(rng, (side, side), side / 20), -0.2, 0.2)
+    finger = np.full((side, side, 3), (0.88, 0.60, 0.48), np.float32)
+    pictures = {
+        "blurred": np.asarray(cv2.GaussianBlur(sharp, (0, 0), side / 12), np.uint8),
+        "covered_lens": _expose(rng, finger),
+        "no_leaf": _expose(rng, gravel[..., None] * _blend(rng, GRAVELS)),
+        "both_blights": both,
+        "broken": sharp,
+    }
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}.jpg", quality=90)
+    broken = folder / "broken.jpg"
+    data = broken.read_bytes()
+    broken.write_bytes(data[: len(data) // 2])
+    return len(pictures)
+
+
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise UserError("bad-seed", f"the seed must be 0 or more, got {seed}")
@@ -124,14 +163,14 @@ class _Leaf(NamedTuple):
 def _place_leaf(rng: np.random.Generator, height: int, width: int) -> _Leaf:
     """A pointed oval with an uneven margin, bent, turned and put somewhere near the middle."""
     # Points are complex numbers, x + iy: the leaf's own have the midrib on the real axis.
-    pixels = min(height, width) * rng.uniform(0.82, 1.02)
+    pixels = min(height, width) * rng.uniform(0.92, 1.02)
     turn = pixels * np.exp(1j * rng.uniform(0, 2 * np.pi))
     x, y = (width, height) * rng.uniform(0.46, 0.54, 2)
     bend = rng.normal(0, 0.09)
 
     along = (1 - np.cos(np.linspace(0, np.pi, 160))) / 2
     profile = along ** rng.uniform(0.4, 0.6) * (1 - along) ** rng.uniform(0.65, 0.95)
-    half = profile / profile.max() * rng.uniform(0.31, 0.45)
+    half = profile / profile.max() * rng.uniform(0.38, 0.46)
     margins = [along + 1j * side * half * _waves(rng, along) for side in (1, -1)]
     outline = np.append(margins[0], margins[1][::-1])
     stalk_along = np.linspace(-rng.uniform(0.05, 0.3), 0.05, 12)
@@ -215,7 +254,7 @@ def _blade(rng: np.random.Generator, leaf: _Leaf) -> tuple[Floats, Floats]:
 
     base = _blend(rng, BLADES)
     mottle = 1 + rng.uniform(0.04, 0.1) * _clouds(rng, shape, 0.12 * leaf.pixels)
-    yellow = rng.uniform(0, 0.3) * _step(_clouds(rng, shape, 0.4 * leaf.pixels), 0, 2.5)
+    yellow = rng.uniform(0, 0.2) * _step(_clouds(rng, shape, 0.4 * leaf.pixels), 0, 2.5)
     color = _mix(base * mottle[..., None], (0.62, 0.60, 0.22), yellow)
     pale = base * 0.55 + _single(np.array((0.32, 0.34, 0.20)))
     color = _mix(color, pale, np.maximum(0.9 * midrib, rng.uniform(0.35, 0.75) * veins))
@@ -268,13 +307,13 @@ def _lesions(
 
 def _early_blight(rng: np.random.Generator, leaf: _Leaf, color: Floats) -> Floats:
     """Round dark-brown spots with rings in them and a yellow halo, on `color` [H, W, 3]."""
-    shape, severity = leaf.mask.shape, rng.uniform(0.25, 1)
+    shape, severity = leaf.mask.shape, rng.uniform(0.6, 1)
     size = rng.uniform(0.012, 0.034)
     radii = size * rng.lognormal(0, 0.4, round(severity * rng.uniform(0.6, 1.1) / size) + 6)
     field = _lesions(rng, leaf, np.minimum(radii, 0.07), at=leaf.depth > 0.03)
     field *= 1 + 0.13 * _clouds(rng, shape, 0.06 * leaf.pixels)
-    yellowing = severity * _step(_clouds(rng, shape, 0.45 * leaf.pixels), -1.2, 2.5)
-    color = _mix(color, (0.60, 0.54, 0.20), 0.8 * yellowing)
+    yellowing = severity * _step(_clouds(rng, shape, 0.45 * leaf.pixels), -1.8, 1.5)
+    color = _mix(color, (0.62, 0.56, 0.18), 0.95 * yellowing)
     halo = _step(field, rng.uniform(1.5, 2.4), 0.9)
     color = _mix(color, (0.66, 0.62, 0.24), rng.uniform(0.3, 0.8) * halo)
     rings = 0.95 + 0.3 * np.cos(2 * np.pi * field * rng.uniform(1.8, 3.2))
@@ -285,8 +324,8 @@ def _early_blight(rng: np.random.Generator, leaf: _Leaf, color: Floats) -> Float
 
 def _late_blight(rng: np.random.Generator, leaf: _Leaf, color: Floats) -> Floats:
     """A few large ragged patches, dark at the rim and pale around, on `color` [H, W, 3]."""
-    shape, severity = leaf.mask.shape, rng.uniform(0.25, 1)
-    large = rng.uniform(0.1, 0.18 + 0.2 * severity, rng.integers(1, 3 + round(2 * severity)))
+    shape, severity = leaf.mask.shape, rng.uniform(0.6, 1)
+    large = rng.uniform(0.18, 0.24 + 0.2 * severity, rng.integers(3, 4 + round(2 * severity)))
     small = rng.uniform(0.01, 0.04, rng.integers(0, 6))
     from_margin = rng.random() < 0.7
     at = (leaf.depth > 0) & (leaf.depth < 0.05) if from_margin else leaf.depth > 0.05
@@ -313,14 +352,10 @@ def _specks(rng: np.random.Generator, leaf: _Leaf, color: Floats) -> Floats:
 
 
 def _background(rng: np.random.Generator, leaf: _Leaf) -> Floats:
-    """[H, W, 3]: a plain board or rough soil, with the soft shadow of the leaf."""
-    shape = leaf.mask.shape
-    if rng.random() < 0.8:
-        base, lumps, grain = _blend(rng, BOARDS), 0.015, 0.015
-    else:
-        base, lumps, grain = _blend(rng, SOILS), 0.07, 0.13
-    texture = 1 + lumps * _clouds(rng, shape, 0.3 * leaf.pixels)
-    texture += grain * _clouds(rng, shape, max(0.018 * leaf.pixels, 3))
+    """[H, W, 3]: a plain grey board, with the soft shadow of the leaf."""
+    shape, base = leaf.mask.shape, _blend(rng, BOARDS)
+    texture = 1 + 0.015 * _clouds(rng, shape, 0.3 * leaf.pixels)
+    texture += 0.015 * _clouds(rng, shape, max(0.018 * leaf.pixels, 3))
     move = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
     move[:, 2] = rng.uniform(-0.04, 0.04, 2) * leaf.pixels
     shadow = cv2.warpAffine(leaf.mask, move, shape[::-1])
@@ -333,9 +368,9 @@ def _expose(rng: np.random.Generator, scene: Floats) -> NDArray[np.uint8]:
     """The photograph [H, W, 3] of `scene` [H, W, 3]: light, white balance, lens, noise."""
     height, width = scene.shape[:2]
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    light = rng.uniform(0.9, 1.15) + rng.normal(0, 0.09) * x + rng.normal(0, 0.09) * y
+    light = rng.uniform(0.94, 1.08) + rng.normal(0, 0.05) * x + rng.normal(0, 0.05) * y
     light *= 1 - rng.uniform(0, 0.16) * (x**2 + y**2)
-    balance = rng.normal(1, (0.035, 0.015, 0.05))
+    balance = rng.normal(1, (0.015, 0.01, 0.02))
     lit = scene * _single(light[..., None] * balance)
     sigma = rng.uniform(0.4, 0.9) * max(1.0, min(height, width) / 400)
     blurred = cv2.GaussianBlur(lit, (0, 0), sigma)

@@ -213,11 +213,11 @@ def test_of_two_lesions_the_nearer_one_counts_and_none_is_under_a_pixel() -> Non
 
 
 def test_a_leaf_has_its_foot_at_0_and_its_tip_at_1() -> None:
-    """As long as 0.82 to 1.02 of the shorter side, near the middle, and deep inside its margin."""
+    """As long as 0.92 to 1.02 of the shorter side, near the middle, and deep inside its margin."""
     for seed in range(6):
         leaf = synthetic._place_leaf(np.random.default_rng(seed), 120, 200)
         assert leaf.mask.shape == leaf.along.shape == leaf.across.shape == (120, 200)
-        assert 0.82 * 120 <= leaf.pixels <= 1.02 * 120
+        assert 0.92 * 120 <= leaf.pixels <= 1.02 * 120
         blade = leaf.depth > 0.02
         assert leaf.mask[blade].min() > 0.5
         assert -0.05 < leaf.along[blade].min() < 0.35
@@ -270,3 +270,26 @@ def test_the_smallest_leaf_and_the_smallest_seed(tmp_path: Path) -> None:
             synthetic.draw_leaf("healthy", seed=0, width=width - 9, height=height)
     with pytest.raises(UserError, match="got 32 x 31"):
         synthetic.draw_leaf("healthy", seed=0, width=32, height=31)
+
+
+def test_odd_pictures_are_written_and_one_of_them_cannot_be_decoded(tmp_path: Path) -> None:
+    assert synthetic.write_odd(tmp_path / "a") == 5
+    synthetic.write_odd(tmp_path / "b")
+    assert read_all(tmp_path / "a") == read_all(tmp_path / "b")
+    pixels = {}
+    for path in (tmp_path / "a").iterdir():
+        with Image.open(path) as photo:
+            if path.stem == "broken":
+                with pytest.raises(OSError, match="truncated"):
+                    photo.load()
+            else:
+                pixels[path.stem] = np.asarray(photo, np.float32)
+    assert sorted(pixels) == ["blurred", "both_blights", "covered_lens", "no_leaf"]
+    assert pixels["covered_lens"].std(axis=(0, 1)).max() < 30
+    assert pixels["covered_lens"][..., 0].mean() > 1.2 * pixels["covered_lens"][..., 1].mean()
+    steps = {name: float(np.abs(np.diff(image, axis=0)).mean()) for name, image in pixels.items()}
+    assert steps["blurred"] < steps["both_blights"] / 4
+    red, green, _ = pixels["no_leaf"].transpose(2, 0, 1)
+    assert (green > red).mean() < 0.05
+    with pytest.raises(UserError, match="got -1"):
+        synthetic.write_odd(tmp_path / "c", seed=-1)
