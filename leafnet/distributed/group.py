@@ -98,7 +98,7 @@ def run(
 
     Raises:
         UserError: a worker met something that the person can mend.
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
         RuntimeError: the workers failed too often.
     """
     group = _Group(

@@ -20,7 +20,7 @@ from leafnet.data.shards import Shard, ShardIndex
 from leafnet.distributed import resources
 from leafnet.distributed.resources import Machines
 
-# Less than what `cluster.machines` leaves beside the actors, also on a single CPU.
+# Less than what `resources.machines` leaves beside the actors, also on a single CPU.
 _DECODE_CPUS = 0.25
 
 

@@ -43,7 +43,7 @@ def describe(
     pattern: re.Pattern[str] | None = None,
     groups: NDArray[np.integer] | None = None,
 ) -> Scores:
-    """`metrics.scores` and what else can be said of a split, ready for JSON.
+    """`scores.scores` and what else can be said of a split, ready for JSON.
 
     Args:
         examples: N >= 1 of them.

@@ -71,7 +71,7 @@ def accuracy_difference(
 ) -> Interval:
     """Accuracy of the candidate less that of the champion, with a paired bootstrap interval.
 
-    In points; see `resampling.compare`. It takes the examples as independent: photographs of the
+    In points; see `bootstrap.compare`. It takes the examples as independent: photographs of the
     same plant make the true uncertainty larger.
 
     Args:

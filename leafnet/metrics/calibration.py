@@ -81,7 +81,7 @@ def selective_accuracy(
 
 
 def confidence_levels(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The fine level [N] of each confidence; `levels // 10` is its bin in `metrics.Tally`."""
+    """The fine level [N] of each confidence; `levels // 10` is its bin in `scores.Tally`."""
     levels = CALIBRATION_BINS * _LEVELS_PER_BIN
     found: NDArray[np.int64] = np.ceil(confidence * levels).astype(np.int64) - 1
     return found.clip(0, levels - 1)

@@ -76,7 +76,7 @@ def choose(
         gpu: whether it runs on a GPU.
         has_int8: whether the model carries a quantized backbone.
         installed: whether OpenVINO is.
-        best_float: precision of `auto` without int8, see `backbone.choose_precision`.
+        best_float: precision of `auto` without int8, see `hardware.choose_precision`.
 
     Raises:
         UserError: there is no such combination, with what to do.

@@ -34,7 +34,7 @@ Bools = NDArray[np.bool_]
 
 
 class Policy(NamedTuple):
-    """The settings that decide; see `config.PrepareSettings` for what they mean."""
+    """The settings that decide; see `PrepareSettings` for what they mean."""
 
     shares: tuple[int, int, int]  # of train, valid, test [%]
     group: str | None = None

@@ -41,7 +41,7 @@ class Maker:
         """`rows` of the predictions with thumbnails, and with what the network saw if so made.
 
         Args:
-            rows: of `scoring.schema`.
+            rows: of `rows.schema`.
             pixels: [B, S, S, 3], stretched to a square.
             decoded: [B], the row of each, in order.
         """

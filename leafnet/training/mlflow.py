@@ -157,7 +157,7 @@ class Tracker:
 
         Args:
             history: of the whole fit of the head; of it goes what MLflow does not have.
-            scores: `metrics.scores` of each split.
+            scores: `scores.scores` of each split.
             tags: such as the model's id.
             parameters: the settings as they were in the end; those that a search changed.
             fine_tune: history of the whole fine-tuning, if there was one.

@@ -87,7 +87,7 @@ class EventLog:
 
         Args:
             history: of the whole fit of the head.
-            scores: `metrics.scores` of each split; pictures go to the first of them.
+            scores: `scores.scores` of each split; pictures go to the first of them.
             images: tag -> PNG.
             samples: class -> PNG, of photographs.
             fine_tune: history of the whole fine-tuning, if there was one.

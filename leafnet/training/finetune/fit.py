@@ -9,7 +9,7 @@ stage is from the head. BatchNorm is folded into the kernels, whose scales then 
 of 6 within a stage and 40 between stages: with one rate for all, a step of AdamW at 3e-4 was 6 % of
 some kernels and 0.1 % of others, and the first epoch ruined the features.
 
-`fine_tune` runs in every worker, as `training.fit_head` does and by the same rules: order, views
+`fine_tune` runs in every worker, as `head.fit.fit_head` does and by the same rules: order, views
 and mixing are functions of the seed and the position, gradients are summed over the workers before
 they are clipped, so that all take the same steps, and between two pieces of about a second the
 state can be saved, and the workers can be asked to leave.

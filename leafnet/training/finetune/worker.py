@@ -228,7 +228,7 @@ class Judged(NamedTuple):
     """A head with its temperature, and how it does on every example."""
 
     head: Head  # on raw features
-    changes: dict[str, Any]  # the fields of `fitting.HeadResult` that another network changes
+    changes: dict[str, Any]  # the fields of `HeadResult` that another network changes
 
 
 def judge(job: HeadJob, head: Head) -> Judged:
@@ -237,7 +237,7 @@ def judge(job: HeadJob, head: Head) -> Judged:
     One task on one node, which reads the features alone.
 
     Raises:
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
     """
     try:
         judged: Judged = ray.get(ray.remote(num_cpus=0.5)(_judge).remote(job, head))

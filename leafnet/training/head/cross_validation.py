@@ -33,7 +33,7 @@ def cross_validate(
 
     Raises:
         UserError: fewer groups than folds, or the stored folds are of other settings.
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
     """
     labels, groups, how = _grouped(index)
     fold_of = folds(labels, groups, count, seed=job.seed)

@@ -77,7 +77,7 @@ def search(job: HeadJob, *, count: int, nodes: list[Node], run: str) -> HeadSett
 
     Raises:
         UserError: no trial has a finite loss, or the stored trials are of other settings.
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
     """
     trials = draw(job.head, count, seed=job.seed)
     url = storage.join(run, SEARCH)

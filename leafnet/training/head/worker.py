@@ -119,7 +119,7 @@ def fit_head(
 
     Raises:
         UserError: the loss is not finite, or a checkpoint belongs to other settings.
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
         RuntimeError: the workers failed too often.
     """
     tallies: list[dict[str, Tally]] = []
@@ -303,7 +303,7 @@ def local_features(job: HeadJob) -> LocalFeatures:
     """The features that `job` names; all processes of a node share one copy, which stays there.
 
     Raises:
-        features.DamagedParts: the cache has to be repaired first.
+        DamagedParts: the cache has to be repaired first.
     """
     names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
     digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
