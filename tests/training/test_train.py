@@ -22,6 +22,7 @@ from leafnet.evaluation.document import read
 from leafnet.evaluation.settings import EvaluateSettings
 from leafnet.features.cache import mark_used
 from leafnet.metrics import scores as metrics_scores
+from leafnet.metrics.calibration import fit_temperature
 from leafnet.metrics.scores import tally
 from leafnet.metrics.thresholds import Outcomes
 from leafnet.models import bundle, openvino
@@ -98,8 +99,6 @@ def test_a_run_leaves_all_that_it_should(
     for split in ("valid", "test"):
         assert told["ece"][split]["after"] == scores[split]["ece"]
         assert told["ece"][split]["before"] == scores[split]["before_temperature"]["ece"]
-    # What it was fitted for, and no prediction is another one.
-    assert scores["valid"]["log_loss"] < scores["valid"]["before_temperature"]["log_loss"]
     assert f"a temperature of {told['value']:.3f}" in card
     document, items = read(str(folder / "evaluation"))
     assert list(document["splits"]) == ["test", "valid"]
@@ -156,6 +155,20 @@ def test_the_published_model_gives_the_metrics(
     predictions = bundle.load(model).predict(images, precision=precision["precision"])
     right = [data_set.class_names[y] == p.label for y, p in zip(labels, predictions, strict=True)]
     assert np.mean(right) == pytest.approx(told["accuracy"])
+
+
+def test_the_published_model_needs_no_other_temperature(
+    run: tuple[TrainSettings, Path], data_set: ShardIndex
+) -> None:
+    """What was fitted on the validation split is folded into the published head."""
+    _, folder = run
+    model = bundle.load(str(folder / "model"))
+    precision = json.loads((folder / "run.json").read_text())["precision"]
+    tables = [t for s in data_set.of_split("valid") for t in shards.row_groups(data_set.root, s)]
+    pixels = [decode(image, 64).pixels for t in tables for image in t["image"].to_pylist()]
+    labels = np.array([label for t in tables for label in t["label"].to_pylist()])
+    logits = head_logits(model.head, model.features(np.stack(pixels), precision=precision))
+    assert fit_temperature(logits, labels) == pytest.approx(1, rel=0.02)
 
 
 def test_a_finished_run_says_so_and_does_nothing(
@@ -343,7 +356,8 @@ def in_vain(
                 image_size=32,
                 views=1,
                 int8=True,
-                fine_tune={"blocks": 1, "epochs": 2, "learning_rate": 0.05, "warmup_epochs": 0},
+                # Adam moves each weight by about this much at each step; they are around 0.05.
+                fine_tune={"blocks": 1, "epochs": 2, "learning_rate": 0.5, "warmup_epochs": 0},
                 cache={"max_gb": 1e-9},
             )
         )
