@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import yaml
@@ -405,6 +406,31 @@ def test_int8_that_costs_accuracy_is_left_out_of_the_model(in_vain: Path) -> Non
     assert not list((in_vain / "model").glob("*.int8.*"))
     assert "refused, it falls by more than 0.5 points" in (in_vain / "train.log").read_text()
     assert "refused" in (in_vain / "model" / "MODEL_CARD.md").read_text()
+
+
+def test_a_network_that_8_bits_cannot_hold_is_published_without_int8(
+    local_ray: None, data_set: ShardIndex, tmp_path: Path
+) -> None:
+    """One channel is 100,000 times the others, and is made small again by what reads it.
+
+    In floating point that is the same network. In int8 the 127 steps of the layer are as wide as
+    that channel, and the others become 0.
+    """
+    weights = str(tmp_path / "uneven.weights.h5")
+    keras.utils.set_random_seed(0)
+    network = keras.applications.ResNet50(include_top=False, weights=None)
+    for name, scale in (("conv2_block1_1_conv", 1e5), ("conv2_block1_2_conv", 1e-5)):
+        kernel, bias = network.get_layer(name).get_weights()
+        channel = np.s_[:, :, :, 0] if scale > 1 else np.s_[:, :, 0]
+        kernel[channel] *= scale
+        network.get_layer(name).set_weights([kernel, bias])
+    network.save_weights(weights)
+    train.run(settings(data_set, tmp_path, weights=weights, int8=True, head=HEAD))
+    model = bundle.load(str(tmp_path / "leaves" / "model"))
+    of_int8 = model.description["int8"]
+    assert of_int8["valid_accuracy"] < of_int8["valid_accuracy_float"]
+    assert (of_int8["accepted"], model.int8) == (False, None)
+    assert "published without int8" in (tmp_path / "leaves" / "train.log").read_text()
 
 
 def test_the_cache_gives_up_what_was_not_used_for_longest_and_keeps_its_own(in_vain: Path) -> None:
