@@ -27,18 +27,12 @@ from leafnet.models.weights import imagenet_path, is_imagenet
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 
-
 _PATIENCE_S = 120.0  # for a worker to import Keras
-
 # Below these the jobs are known to fail, or to be near it [bytes].
 _MEMORY_FAULT, _MEMORY_WARNING = 2_000_000_000, 6_000_000_000
-
 _DISK_FAULT, _DISK_WARNING = 1_000_000_000, 10_000_000_000
-
 _SHM_SHARE = 0.3  # of the memory: Ray's object store, as it chooses by itself
-
 _FULL = 0.95  # from here on Ray writes nothing more to a disk
-
 
 # What an extra is for; an extra that is not here is told by its name alone.
 _EXTRAS = {

@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 EXIT_USER_ERROR = 2
-
 EXIT_IN_USE = 3
-
 EXIT_TOO_MANY_FAILED = 4
-
 EXIT_WORSE = 5
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("leafnet", "tensorflow", "keras", "ray", "numpy", "pillow", "pyarrow")
-
 # What the processor has to have for bfloat16 and int8 to be fast.
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 

@@ -23,7 +23,6 @@ from leafnet.core import storage
 from leafnet.core.errors import EXIT_IN_USE, UserError
 
 FOLDER = "_lock"
-
 _TRIES = 20
 
 

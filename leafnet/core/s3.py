@@ -35,20 +35,13 @@ from leafnet.core.errors import UserError
 # A server that hangs ends a job within a minute: so long for all tries of one request, and longer
 # by what its body takes at the slowest rate that is waited for.
 ANSWER_S = 40.0
-
 _SLOWEST_UPLOAD = 250_000  # bytes/s
-
 _CONNECT_S, _SILENCE_S = 5, 15  # of one try; silence in the middle of an answer too
-
 _ATTEMPTS = 5
-
 _BODY_ATTEMPTS = 4  # reads of a body that was cut short
-
 _CONNECTIONS = 64
 
-
 _STYLES = ("auto", "path", "virtual")
-
 _WRONG_KEYS = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -57,7 +50,6 @@ _WRONG_KEYS = {
     "TokenRefreshRequired",
     "InvalidSecurity",
 }
-
 _NO_ACCESS = {
     "403",
     "405",
@@ -67,7 +59,6 @@ _NO_ACCESS = {
     "InvalidObjectState",
     "MethodNotAllowed",
 }
-
 _OTHER_REGION = {
     "301",
     "307",
@@ -76,7 +67,6 @@ _OTHER_REGION = {
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
 }
-
 _NO_KEYS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -88,7 +78,6 @@ _NO_KEYS = (
     boto.ConfigNotFound,
     boto.ConfigParseError,
 )
-
 _SILENT = (
     boto.ReadTimeoutError,
     boto.ResponseStreamingError,

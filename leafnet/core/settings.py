@@ -29,7 +29,6 @@ from leafnet.core.errors import UserError
 from leafnet.core.storage import absolute, is_local
 
 Url = str
-
 Auto = Literal["auto"]
 
 
@@ -160,7 +159,6 @@ class ReportSettings(Settings):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
-
 
 # Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
 _OUTPUT = {

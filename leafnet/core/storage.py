@@ -35,28 +35,19 @@ if TYPE_CHECKING:
 
 # Reasons of errors after which the next request would wait as long for nothing.
 UNREACHABLE = frozenset({"no-answer", "no-network", "store-failed"})
-
 # Reasons of errors that one worker may meet and the others not, also in the middle of a job: a
 # network that is away, keys that expire.
 OF_STORES = UNREACHABLE | {"wrong-keys", "no-keys", "no-access", "disk-full", "no-such-bucket"}
 
-
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
-
 _AHEAD = 8_000_000  # bytes of one request of a stream
-
 # Object stores answer after tens of milliseconds; so much is asked for at once.
 AT_ONCE = 16
-
 _CLIENTS = ("aiohttp", "google", "gcsfs", "azure", "adlfs", "paramiko")
-
 _SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
 
-
 Item = TypeVar("Item")
-
 Answer = TypeVar("Answer")
 
 

@@ -39,32 +39,21 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 
 EXIT_DONE = 0
-
 EXIT_FAILED = 1
-
 EXIT_INTERRUPTED = 130
-
 EXIT_TERMINATED = 143
-
 
 # What every job takes beside its settings; `config` has them in its --help.
 FLAGS = ("--verbose", "--json")
 
-
 # A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
 _PLAIN_INTERVAL_S = 15.0
-
 _JSON_INTERVAL_S = 1.0
-
 _TAIL_S = 0.2
-
 # How the log marks what a person has seen already.
 _SAID = b" INFO leafnet: "
-
 _STATUS_STYLES = {"ok": "green", "warning": "bold yellow", "fault": "bold reverse red"}
-
 _CHECKLIST_INDENT = " " * 24
-
 _CHECKLIST_WRAP: dict[str, Any] = {
     "subsequent_indent": _CHECKLIST_INDENT,
     "break_on_hyphens": False,
@@ -77,17 +66,11 @@ def _console_on(file: TextIO | None) -> Console:
 
 
 _console = _console_on(None)
-
 _log_path: Path | None = None
-
 _verbose = False
-
 _json = False
-
 _kept = ""
-
 _asked: KeyboardInterrupt | None = None  # to end
-
 _result: dict[str, Any] = {}
 
 

@@ -31,24 +31,19 @@ SIDECAR_SUFFIXES = (
     *(".html", ".ini", ".db", ".log", ".cls"),
 )
 
-
 Pixels = NDArray[np.uint8]
-
 
 # Raise it whenever the same bytes would give other pixels: it is part of the model, of the feature
 # cache's key and of each scored row.
 DECODER_VERSION = 1
 
-
 # The largest phone sensors give 12,000 x 9,000 = 108 million pixels; Pillow's own limit of 89
 # million warns about those.
 MAX_PIXELS = 120_000_000
 
-
 # The kinds that phones, cameras and web pages hand out. Pillow knows about forty more, among them
 # EPS, which it gives to Ghostscript to run: a list keeps strangers' bytes away from those parsers.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")
-
 
 # First bytes -> kind. The kinds outside _FORMATS serve the message only.
 _SIGNATURES = tuple(
@@ -74,12 +69,9 @@ _SIGNATURES = tuple(
     )
 )
 
-
 _BAND_PIXELS = 1 << 20
 
-
 _PILLOW_LIMIT_LOCK = threading.Lock()
-
 _WARNINGS_LOCK = threading.Lock()
 
 

@@ -28,16 +28,12 @@ from leafnet.core.errors import UserError
 from leafnet.data.images import MAX_PIXELS, Fingerprint, ImageError, Photo, decode, fingerprint
 
 _LIMIT_S = 120.0  # for one photograph
-
 _DEATHS = 10  # of tries on one node
-
 # Address space of the process: itself, and what the hungriest format takes for each pixel.
 _BASE_BYTES, _BYTES_PER_PIXEL = 2_000_000_000, 24
 
-
 # Bytes of the photograph, size, max_pixels; then the photograph. Size 0 asks for its fingerprint.
 _ASK = struct.Struct("<QIQ")
-
 _ANSWER = struct.Struct("<I")  # bytes of JSON; then JSON, and the pixels if there are some
 
 

@@ -24,13 +24,9 @@ from leafnet.core.settings import DataSettings
 
 SPLITS = ("train", "valid", "test")
 
-
 INDEX_VERSION = 1
-
 INDEX_NAME = "index.json"
-
 DUPLICATES_NAME = "duplicates.parquet"
-
 
 SCHEMA = pa.schema(
     [

@@ -23,16 +23,11 @@ from leafnet.core.errors import UserError
 
 CLASS_NAMES = ("early_blight", "healthy", "late_blight")
 
-
 Floats = NDArray[np.floating]
 
-
 SIZES = ((192, 192), (240, 180), (180, 240), (320, 240), (640, 480))  # width, height
-
 SIZE_SHARES = (0.36, 0.2, 0.2, 0.2, 0.04)
-
 ORIENTATION_TAG = 0x0112
-
 # EXIF orientation, and the turn of an upright picture that a viewer undoes on seeing it.
 TURNS = (
     (3, Image.Transpose.ROTATE_180),
@@ -40,12 +35,9 @@ TURNS = (
     (8, Image.Transpose.ROTATE_270),
 )
 
-
 BLADES = ((0.20, 0.34, 0.14), (0.25, 0.40, 0.16), (0.31, 0.44, 0.19), (0.25, 0.37, 0.20))
-
 # Near ResNet50's mean colour, so that what is left of a picture's features is its leaf.
 BOARDS = ((0.44, 0.47, 0.52), (0.49, 0.49, 0.48), (0.56, 0.55, 0.53))
-
 GRAVELS = ((0.86, 0.80, 0.72), (0.95, 0.92, 0.88))
 
 

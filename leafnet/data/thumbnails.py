@@ -5,7 +5,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 128  # pixels, of the longer side
-
 _QUALITY = 78  # 3.5 kB and 0.1 ms each from 256 x 256 pixels
 
 

@@ -14,12 +14,9 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 
 CHECKPOINT_VERSION = 3
-
 MANIFEST = "manifest.json"
 
-
 _ARRAYS = "arrays.npz"
-
 _PREFIX = "checkpoint_"
 
 

@@ -14,9 +14,7 @@ from leafnet.distributed import heartbeat, ray_train
 from leafnet.distributed.heartbeat import Seen, Sign
 
 RESTARTS = "restarts.json"
-
 _PORT_TAKEN = ("Could not start gRPC server", "Address already in use")
-
 _SNIPPET = 300  # characters of an error in a line
 
 

@@ -38,19 +38,12 @@ from leafnet.distributed.ray_train import TensorflowConfig, Trainer, free_place,
 from leafnet.distributed.worker import LONGEST_WAIT_S, Loop, passes, work
 
 _POLL_S = 0.25
-
 _LOOK_S = 2.0  # between two looks at the cluster
-
 _GROW_AFTER_S = 20.0  # a group is not asked to make room for more workers before
-
 _SETTLE_S = 3.0  # until Ray has noticed that a machine is gone, or its CPUs are free
-
 _PORT_TRIES = 5
-
 _SILENT_S = 3.0  # three signs that did not come
-
 _LEAVE_S = 20.0  # for the workers to save and leave; Kubernetes kills after 30
-
 _PLACE_S = 60.0  # Ray Train waits so long for room
 
 

@@ -21,15 +21,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_S = 0.25
 
-
 _BEAT_S = 1.0
-
 # A start imports TensorFlow, reads features and waits for the other workers.
 _START_S = 300.0
-
 # A worker is said to be silent before one that waits for it is said to get nowhere.
 _LATER_S = 5.0
-
 _CALL_S = 30.0
 
 
@@ -216,7 +212,6 @@ class Teller:
 
 # Why this process was asked to end, by a signal.
 _asked: str | None = None
-
 # Python's own handler in C, which makes the main thread call what was given to `signal.signal`.
 _c_handler: int | None = None
 

@@ -13,7 +13,6 @@ from leafnet.core.settings import worker_range
 # A CPU actor computes in at most so many threads: ResNet50 gains little from more, and a node
 # with many cores is better used by several actors.
 _MAX_THREADS = 4
-
 _CPU_BATCH, _GPU_BATCH = 32, 256
 
 

@@ -21,12 +21,9 @@ from leafnet.core.settings import RaySettings, worker_range
 from leafnet.distributed.resources import Node
 
 _WAIT_POLL_S = 1.0
-
 _CONNECT_S = 10.0
 
-
 _WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
-
 # Ray Train's watcher of spot machines is a process, its metrics are for the dashboard, and it looks
 # whether workers are done every 2 s.
 _LOCAL_ENVIRONMENT = {

@@ -56,12 +56,9 @@ def even_split(count: int, place: Place) -> tuple[int, int]:
 
 # Called from a worker with (kind, value); the driver gets each in the order in which they come.
 Post = Callable[[tuple[str, Any]], Any]
-
 # What each worker does, with the job, its place among the workers, and the folder of checkpoints.
 Loop = Callable[[Any, Place, Post, str], None]
-
 STORE_S = 300.0  # one that is away or full is tried again for so long
-
 LONGEST_WAIT_S = 60.0
 
 

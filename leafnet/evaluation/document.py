@@ -16,13 +16,9 @@ from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import softmax, tally
 
 DOCUMENT = "evaluation.json"
-
 VERSION = 1
-
 COVERAGE = 0.9
-
 _LISTED = 50  # errors, suspected labels and disagreements that are kept, each
-
 
 Scores = dict[str, Any]
 

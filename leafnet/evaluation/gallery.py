@@ -23,23 +23,15 @@ from leafnet.metrics.scores import softmax
 from leafnet.models import cam
 
 Pixels = NDArray[np.uint8]
-
 Array = NDArray[np.float32]
-
 Kind = Literal["likely-wrong-label", "confident-error", "confused-pair", "sample"]
-
 # (RGB [B, S, S, 3], classes [B]) -> class maps [B, h, w], see `cam.class_maps`.
 Explain = Callable[[Pixels, NDArray[np.int64]], Array]
 
-
 THUMBNAIL = 160  # pixels of the longer side
-
 FOLDER = "gallery"
-
 _PER_KIND = 12
-
 _PAIRS, _PER_PAIR = 3, 4
-
 _OURS = re.compile(r"\d{3}(-cam)?\.jpg")
 
 

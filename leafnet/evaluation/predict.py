@@ -29,7 +29,6 @@ from leafnet.models.classifier import Head, head_logits
 from leafnet.models.weights import Array
 
 Convolutions = dict[str, tuple[Array, Array]]
-
 Labels = NDArray[np.int64]
 
 

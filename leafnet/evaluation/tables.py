@@ -8,7 +8,6 @@ from leafnet.core.terminal import say
 from leafnet.metrics import background, bootstrap
 
 _SHOWN, _SHOWN_SLICES = 8, 12
-
 # Characters: of a class or slice that leads a row, of a class in another column, of a key.
 _NAME, _CLASS, _KEY = 34, 18, 26
 

@@ -15,9 +15,7 @@ from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import tally
 
 Logits = NDArray[np.float32]  # [N, C]
-
 Labels = NDArray[np.int64]  # [N]
-
 Outcome = Literal["better", "tie", "worse"]
 
 

@@ -35,9 +35,7 @@ from leafnet.models.weights import FEATURES
 
 _AUGMENTATION = f"flips, rotation {MAX_TURN}, reflect, version 1"
 
-
 _USED = "used.json"
-
 _AT_ONCE_BYTES = 256_000_000  # of parts that are read at the same time
 
 

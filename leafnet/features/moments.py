@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 Features = NDArray[np.float16]
 
-
 # Vectors that are worked on at a time, so that memory does not grow with the data set: 16 MB in
 # float64.
 BLOCK = 1024

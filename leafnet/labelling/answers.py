@@ -24,7 +24,6 @@ from leafnet.preparation.settings import PrepareSettings
 
 # Settings of prepare that decide which examples of a data set are kept, and how they are written.
 _AS_BEFORE = ("duplicates", "near_duplicates", "near_distance", "shard_mb", "row_group", "seed")
-
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),

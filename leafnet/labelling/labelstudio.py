@@ -17,11 +17,8 @@ from leafnet.core.errors import UserError
 
 # What the folder of a review holds.
 PHOTOGRAPHS, TASKS, CONFIG = "photographs", "tasks.json", "label_config.xml"
-
 INDEX_CSV, REVIEW = "index.csv", "review.json"
-
 REVIEW_VERSION = 1
-
 
 # Names of the tags in the labelling interface.
 _IMAGE, _LABEL = "image", "label"

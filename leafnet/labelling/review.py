@@ -43,7 +43,6 @@ from leafnet.models.bundle import Bundle
 from leafnet.scoring import ledger
 
 _BATCH = 32
-
 _COLUMNS = ("image", "status", "label", "confidence", "probabilities", "novelty", "model_id")
 
 

@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-
 Places = NDArray[np.int64]
-
 
 # Of unit vectors: what is closer is the same photograph again.
 _SAME = 1e-4

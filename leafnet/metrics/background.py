@@ -14,14 +14,10 @@ from numpy.typing import NDArray
 from leafnet.metrics.scores import wilson_interval
 
 WIDTH = 8  # pixels of the border
-
 STATISTICS = 24  # mean and deviation of three colours on four sides
-
 _FOLDS = 5
-
 # Enough to know the accuracy to a point, and seconds to fit.
 _SAMPLE = 10_000
-
 # The share of the model's lead over the majority that the border may have before it is told.
 _MUCH = 0.5
 

@@ -17,11 +17,8 @@ from leafnet.metrics import calibration
 from leafnet.metrics.scores import CALIBRATION_BINS, softmax
 
 RESAMPLES = 2000
-
 _CELLS_AT_ONCE = 4_000_000  # of resamples x kinds, which bounds memory
-
 _TAILS = (0.025, 0.975)
-
 
 Interval = tuple[float, float]
 

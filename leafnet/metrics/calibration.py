@@ -13,10 +13,8 @@ from leafnet.metrics.scores import CALIBRATION_BINS
 
 # What a search for a temperature looks at; beyond these a model has other troubles.
 _LOWEST, _HIGHEST = 0.05, 20.0
-
 # More examples than these, evenly from all, do not move a single number.
 _SAMPLE = 100_000
-
 # Confidences are told apart this finely inside a bin, where they are counted and not kept.
 _LEVELS_PER_BIN = 10
 

@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from leafnet.metrics.thresholds import Outcomes
 
 BINS = 40
-
 LARGE = 0.25
-
 # One night in a thousand is called shifted when it is not.
 _CHANCE = 0.001
-
 # Smaller groups of the reference make the index a matter of chance.
 _GROUP_SHARE = 0.08
 

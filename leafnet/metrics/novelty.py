@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-
 # At most a quarter of the examples: more directions would be fitted to each of them.
 _DIRECTIONS = 256
-
 # Photographs that the covariance is taken of, evenly from the whole split: ten times the features,
 # which bounds memory and time.
 _SAMPLE = 20_000
-
 # Of it at a time: all of it in float32, and in each step of the way, would be a gigabyte.
 _ROWS, _COLUMNS = 1024, 64
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from leafnet.metrics.scores import wilson_interval
 
 NO_MATCH = "(no match)"
-
 # Shorter side of the original: what is thrown away or made up to get to the network's size.
 _SIDES = (128, 256, 512, 1024, 2048)
 

@@ -10,7 +10,6 @@ from leafnet.metrics.scores import softmax
 
 # Threshold of confidence above every confidence.
 REVIEW_ALL = 2.0
-
 # Share of the validation photographs that may lie above the threshold of novelty.
 _UNLIKE = 0.01
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 
 BUNDLE_VERSION = 1
-
 _INPUT = "uint8 RGB 0..255; inside the network BGR minus the ImageNet mean (Keras `caffe` mode)"
 
 

@@ -17,9 +17,7 @@ from leafnet.models import resnet
 from leafnet.models.classifier import Head, head_logits
 
 Array = NDArray[np.float32]
-
 Pixels = NDArray[np.uint8]
-
 
 _STRENGTH = 0.65  # how much of the photograph the strongest place covers
 

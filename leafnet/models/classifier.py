@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 Array = NDArray[np.float32]
-
 # One (kernel [in, out], bias [out]) for each Dense layer; all but the last are followed by relu.
 Head = list[tuple[Array, Array]]
 

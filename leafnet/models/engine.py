@@ -21,7 +21,6 @@ from leafnet.models.weights import Array
 
 Forward = Callable[[NDArray[np.uint8]], Array]
 
-
 _INSTALL = 'pip install "leafnet[openvino]"'
 
 

@@ -29,20 +29,13 @@ from leafnet.models.classifier import head_logits
 from leafnet.models.settings import ExportSettings
 
 Pixels = NDArray[np.uint8]  # [N, S, S, 3] RGB
-
 Probabilities = NDArray[np.float32]  # [N, C]
-
 Run = Callable[[Pixels], Probabilities]
 
-
 _SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
-
 _NEEDS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",), "litert": ("ai_edge_litert",)}
-
 _EXTRA = {"onnx": "export", "openvino": "openvino", "litert": "export"}
-
 _SIDECAR = "leafnet.json"
-
 _BATCH = 32
 
 

@@ -17,7 +17,6 @@ from leafnet.models.weights import MEAN_BGR, Array
 
 # Of ONNX 1.13, 2022: what runtimes on phones know, and reduce_mean with its axes as an attribute.
 _OPSET = 17
-
 _IR_VERSION = 8
 
 

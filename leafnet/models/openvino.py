@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 
-
 # Photographs in one request. Requests run side by side, each on a thread of its own, which spares
 # the threads from waiting for each other in every layer.
 _REQUEST = 4
-
 # NNCF's own default.
 CALIBRATION_EXAMPLES = 300
 

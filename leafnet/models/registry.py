@@ -19,11 +19,8 @@ from leafnet.core import storage
 from leafnet.core.errors import EXIT_IN_USE, UserError
 
 ALIAS = "champion"
-
 VERSION = 1
-
 PROMOTED, KEPT, REFUSED, ROLLED_BACK = "promoted", "kept", "refused", "rolled-back"
-
 _CHANGES = (PROMOTED, ROLLED_BACK)
 
 

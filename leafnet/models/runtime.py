@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 Batch = TypeVar("Batch")
-
 _AT_ONCE = 2  # batches that are in the network at a time, see `run`
 
 

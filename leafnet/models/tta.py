@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from leafnet.models.classifier import Head, head_logits
 
 Pixels = NDArray[np.uint8]
-
 Array = NDArray[np.float32]
 
 

@@ -18,24 +18,18 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 
 FEATURES = 2048
-
 # Residual blocks of each stage; the stem before them is stage 1.
 BLOCKS = {2: 3, 3: 4, 4: 6, 5: 3}
-
 # What Keras's ResNet50 adds to the variance (keras/src/applications/resnet.py).
 _EPSILON = 1.001e-5
-
 # keras.applications.resnet50.preprocess_input, "caffe" mode: BGR minus the ImageNet mean, 0..255.
 MEAN_BGR = (103.939, 116.779, 123.68)
-
 
 _IMAGENET_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
     "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 )
-
 _IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"  # keras/src/applications/resnet.py
-
 
 Array = NDArray[np.float32]
 

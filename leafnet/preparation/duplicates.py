@@ -28,15 +28,10 @@ DUPLICATES_SCHEMA = pa.schema(
     ]
 )
 
-
 _BANDS = 4  # near_distance < _BANDS: one band of two near hashes is always equal
-
 _MAX_PAIRS = 20_000_000
-
 _PAIRS_AT_ONCE = 4_000_000
-
 _LONG_RUN = 256
-
 _MAX_REPORTED = 1_000_000
 
 

@@ -26,10 +26,8 @@ READ_SCHEMA = pa.schema(
     ]
 )
 
-
 # Places in SPLITS. Where identical pictures are in two splits, the one further down here keeps it.
 NONE, TRAIN, VALID, TEST = -1, 0, 1, 2
-
 Bools = NDArray[np.bool_]
 
 

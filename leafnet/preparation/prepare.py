@@ -42,42 +42,29 @@ from leafnet.preparation.samples import Listing, Sample
 from leafnet.preparation.settings import PrepareSettings
 
 REJECTED = "rejected.parquet"
-
 DUPLICATES = "duplicates.parquet"
-
 # There from the start until the index is written, so that what an interrupted start left can be
 # told from what belongs to somebody else.
 _UNFINISHED = "unfinished.json"
-
 _STAGING = "_staging"
-
 _LOG = "prepare.log"
-
 _OURS = re.compile(
     rf"(?:({'|'.join(SPLITS)})-\d{{5}}\.parquet|{REJECTED}|{DUPLICATES}|{_UNFINISHED})"
     r"(\.[0-9a-f]{8}\.tmp)?"
 )
-
 # Settings that change where and how the data set is written, and not what is in it.
 _PLACEMENT = ("out", "overwrite", "lock_timeout", "ray")
 
-
 _BLOCK_BYTES = 32_000_000
-
 _BLOCK_EXAMPLES = 512
-
 # A table's binary column holds less than 2 GiB.
 _MAX_IMAGE_BYTES = 512_000_000
-
 _READERS = 16
-
 _POST_EVERY = 16  # examples
-
 
 # Staged photographs that lie nearer to each other are read by one request, with what lies between:
 # another request would cost more. But not by a long one, whose answer is held as a whole.
 _NEAR_BYTES, _REQUEST_BYTES = 64_000, 8_000_000
-
 
 _READ_SCHEMA = pa.schema(
     [

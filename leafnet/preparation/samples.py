@@ -14,7 +14,6 @@ from leafnet.core.storage import File
 
 Layout = Literal["folders", "parquet", "tars"]
 
-
 ITEM_SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # path below the source
@@ -27,7 +26,6 @@ ITEM_SCHEMA = pa.schema(
     ]
 )
 
-
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -37,14 +35,11 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm", ".pgm"),
 )
-
 NO_CLASS = frozenset({"__MACOSX"})
-
 # Of a Parquet file whose column `key` names each example: leafnet's own, which knows it is unique.
 WITH_KEYS = {"leafnet": "examples with keys"}
 

@@ -20,14 +20,10 @@ from leafnet.metrics.scores import wilson_interval
 # Classes of the style sheet, `c0` to `c5`: colours that are told apart with any colour vision. More
 # classes than these share `cx`, grey.
 COLOURS = 6
-
 _SHAPES = 6
 
-
 _WIDTH, _HEIGHT = 420, 250
-
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 24, 18, 40
-
 
 Format = Callable[[float], str]
 
@@ -371,9 +367,7 @@ class Map(NamedTuple):
 
 
 _EARTH_KM = 6371.0
-
 _MAP_WIDTH, _MAP_HEIGHT = 560, 400
-
 _MARGIN = 24
 
 

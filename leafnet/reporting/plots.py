@@ -20,16 +20,11 @@ from numpy.typing import NDArray
 from leafnet.metrics.scores import CALIBRATION_BINS, wilson_interval
 
 DPI = 120
-
 # Okabe and Ito 2008, "Color universal design": told apart with any colour vision.
 BLUE, VERMILLION = "#0072B2", "#D55E00"
-
 INK, GREY, FAINT = "#222222", "#666666", "#DDDDDD"
-
 MAX_CLASSES_WITH_TEXT = 12
-
 MAX_NAME = 40  # characters of a class name; longer ones lose their middle
-
 
 # DejaVu Sans comes with matplotlib. A matplotlibrc on the machine shall not change the pictures.
 STYLE: dict[Any, Any] = {

@@ -19,10 +19,8 @@ from leafnet.models.classifier import Head
 from leafnet.scoring import thumbnails as scoring_thumbnails
 
 Array = NDArray[np.float32]
-
 # (RGB [B, S, S, 3], classes [B]) -> class maps [B, h, w], such as `cam.explainer`.
 Explain = Callable[[NDArray[np.uint8], NDArray[np.int64]], Array]
-
 
 _BATCH = 32
 

@@ -23,20 +23,14 @@ from leafnet.core.errors import UserError
 from leafnet.scoring.rows import PASSING
 
 RUNS = "_runs"
-
 _PUBLISHED = re.compile(r"date=(\d{4}-\d{2}-\d{2})/([^/]+)\.parquet")
 
-
 KEYS = ["image", "version"]
-
 # Rows that are looked up at once. A look-up builds a hash table of the listing each time.
 _LOOK_UP_ROWS = 250_000
-
 READERS = 16
 
-
 Ints = NDArray[np.int64]
-
 Bools = NDArray[np.bool_]
 
 

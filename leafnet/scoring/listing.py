@@ -28,7 +28,6 @@ from leafnet.data.shards import Shard
 
 Kind = Literal["folder", "prefix", "glob", "list", "shards", "file"]
 
-
 SCHEMA = pa.schema(
     [
         # URL or absolute path; of an example in a shard, the shard's and `#` and its key.
@@ -40,15 +39,10 @@ SCHEMA = pa.schema(
     ]
 )
 
-
 _LISTS = (".txt", ".lst", ".parquet")
-
 _URL_COLUMNS = ("image", "url", "path", "file", "uri")
-
 _CHUNK = 65_536
-
 _INFO_THREADS = 32
-
 _MAGIC = re.compile(r"[*?[]")
 
 

@@ -19,14 +19,11 @@ from leafnet.scoring import ledger, thumbnails
 from leafnet.scoring.ledger import Published
 
 _NAMES = 50  # photographs that are named for each reason of failure
-
 _MAX_PLACES = 200_000  # positions on the map; an even sample of more
-
 _COLUMNS = (
     *("image", "version", "status", "label", "confidence", "reason", "novelty"),
     *("latitude", "longitude", "probabilities"),
 )
-
 
 Floats = NDArray[np.float64]
 

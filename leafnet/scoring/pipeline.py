@@ -26,17 +26,12 @@ from leafnet.scoring.settings import ScoreSettings
 
 # Passes of the network in a stack, which is what goes from a decoding task to an actor.
 _BATCHES = 4
-
 _STACK_BYTES = 256_000_000
-
 # A decoding task makes at most so many: the next then goes to where there is room.
 _STACKS_PER_TASK = 4
-
 _DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
 
-
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
-
 Array = NDArray[np.float32]
 
 

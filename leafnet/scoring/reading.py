@@ -21,10 +21,8 @@ from leafnet.scoring.rows import Pixels
 # Reasons that are of an S3 store as a whole: keys that expired, a server that is away.
 _OF_THE_STORE = storage.UNREACHABLE | {"wrong-keys", "no-keys", "clock-skew"}
 
-
 # A table's binary column holds less than 2 GiB, and no photograph has half of it.
 _MAX_IMAGE_BYTES = 512_000_000
-
 
 # What is known of a photograph before the network has seen it. Rows without a reason have pixels.
 PHOTOGRAPH = pa.schema(

@@ -31,28 +31,19 @@ from leafnet.scoring.night import Earlier, Night, earlier_nights, failure_slugs,
 from leafnet.scoring.staging import Staging
 
 REPORTS = "_reports"
-
 LATEST = "latest.html"
-
 _REPORT = re.compile(r"(\d{4}-\d\d-\d\d)\.html")
-
 _THUMBNAILS = "thumbnails"  # below REPORTS; a file for each run
 
-
 NIGHTS = 28  # that a night is compared with
-
 # Fewer nights say little of what is usual.
 _ENOUGH_NIGHTS = 7
-
 _SECOND = 0.1  # probability of another class that is worth telling
-
 
 # What `thumbnails.wanted` decides on, and what a thumbnail is found by.
 _RANKED = ("image", "version", "status", "reason", "confidence", "novelty")
 
-
 _WHY = {"unlike-training": "unlike the training photographs", "low-confidence": "not sure enough"}
-
 # By what is compared, and whether tonight's is higher.
 _DIRECTIONS = {
     ("confidence", False): "The model is less sure tonight than it was on validation",
@@ -62,7 +53,6 @@ _DIRECTIONS = {
     ("novelty", False): "Tonight's photographs are more like the training photographs than those "
     "of validation were",
 }
-
 _FAILED = {
     "bad-name": "its name is not valid UTF-8",
     "cannot-read": "could not be read",

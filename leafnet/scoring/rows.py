@@ -19,9 +19,7 @@ from leafnet.metrics.scores import softmax
 from leafnet.metrics.thresholds import Review
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
-
 Array = NDArray[np.float32]
-
 
 # Reasons that another night may find gone. All others are of the bytes, which do not change
 # without the version.

@@ -49,9 +49,7 @@ from leafnet.scoring.staging import (
 )
 
 _PART_ROWS = 50_000
-
 _STEADY_S = 5.0  # what came in less time says nothing of the speed
-
 Summary = dict[str, Any]
 
 

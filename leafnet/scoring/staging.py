@@ -23,11 +23,8 @@ from leafnet.scoring import ledger
 from leafnet.scoring.ledger import KEYS, Bools, Difference, keys
 
 STAGING = "_staging"
-
 _PART = re.compile(r"part-(\d{6})")
-
 _ROW_GROUP = 65_536
-
 # Few values in many rows; of the others nearly each value is another, and a dictionary only costs.
 _DICTIONARY = ["status", "label", "reason", "model_id", "run_id"]
 

@@ -23,7 +23,6 @@ from leafnet.core.terminal import say
 from leafnet.distributed import ray_train, session
 
 NAME, NAMESPACE = "leafnet-telemetry", "leafnet"
-
 _WAIT_S = 30.0
 
 
@@ -68,7 +67,6 @@ METRICS = {
         "gauge", "when a night last ended with code 0, also with nothing new [Unix time, s]"
     ),
 }
-
 
 # (name, labels, value): counters are increased by it, gauges set to it.
 Value = tuple[str, dict[str, str], float]

@@ -14,13 +14,9 @@ from numpy.typing import NDArray
 from leafnet.data.thumbnails import jpeg
 
 COLUMN = "thumbnail"
-
 SEEN = "seen"  # JPEG as well, square, in the network's size
-
 EXPLAINED = "explained"  # a thumbnail under its class activation map, see `explanations`
-
 LIMIT = 500  # of a night: what a person looks through, and 3 MB of a page
-
 _SEEN_QUALITY = 95
 
 

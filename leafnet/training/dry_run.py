@@ -33,13 +33,10 @@ from leafnet.training.settings import FineTuneSettings, TrainSettings, describe_
 
 # Of each view in a part: the features in float16, and row, view and label.
 _VIEW_BYTES = FEATURES * 2 + 3 * 4
-
 # Of a part beside its views: Parquet's pages and footer.
 _PART_BYTES = 3_000
-
 # Round figures: a process that fits a head, the one that drives the job, Ray's own together.
 _TENSORFLOW_BYTES, _DRIVER_BYTES, _RAY_BYTES = 900_000_000, 500_000_000, 600_000_000
-
 # Row groups of decoded photographs that are between the stages for each actor.
 _GROUPS_BETWEEN = 4
 
@@ -165,7 +162,6 @@ def extraction_seconds(missing: int, rate: float, actors: int) -> float:
 # A process computes at most so many views on CPUs at a time, and so many batches or seconds, to
 # tell how fast it is, and takes so many steps of fine-tuning.
 _VIEWS, _BATCHES, _STEPS, _SECONDS = 16, 4, 4, 2.0
-
 # Arrays of a checkpoint of fine-tuning for each variable: it, two moments, two averages.
 _GROUPS = 5
 

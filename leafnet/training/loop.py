@@ -12,15 +12,11 @@ from leafnet.core.errors import UserError
 
 # Workers hear of each other so often, in seconds: a state asked for is saved within that time.
 _PIECE_S = 1.0
-
 _FIRST_PIECE = 8  # steps, before it is known how long one takes
-
 # The share of the time that goes into saving a large state within an epoch, at the most.
 _SAVING = 0.02
-
 # Called by every worker after each epoch with its row of the history.
 Report = Callable[[dict[str, float]], None]
-
 State = TypeVar("State")
 
 

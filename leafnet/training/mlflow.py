@@ -20,29 +20,21 @@ from leafnet.core.terminal import say
 from leafnet.training.settings import MlflowSettings
 
 FILE = "mlflow.json"  # in the run's folder: which run of MLflow it is
-
 ARTIFACTS = (
     *("config.yaml", "history.csv", "metrics.json", "run.json", "search.json"),
     *("cross_validation.json", "curves.png", "confusion.png", "report.html"),
     *("fine_tune.csv", "metrics_head.json"),
 )
-
 _EPOCH = (
     *("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate"),
     *("images_per_s", "waited"),  # of fine-tuning
 )
-
 # Before the names of what is of fine-tuning, which counts its epochs anew.
 _TUNED = "fine_tune/"
-
 _FINAL = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "log_loss", "ece")
-
 _EVERY_S = 2.0  # metrics are sent this often
-
 _AWAY_S = 60.0  # a server that did not answer is asked again after so long
-
 _METRICS, _PARAMS = 1000, 100  # that MLflow takes in one request
-
 # MLflow would try for minutes, and a run must not wait for it; it also prints links of its own.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",

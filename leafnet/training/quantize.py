@@ -21,7 +21,6 @@ from leafnet.models.openvino import Int8
 
 # The validation accuracy that int8 may cost, and the examples it is measured on at most.
 _MAX_FALL = 0.005
-
 _MAX_VALID = 10_000
 
 

@@ -28,33 +28,20 @@ from leafnet.reporting import charts, pages
 from leafnet.training.settings import describe_stages
 
 NAME = "report.html"
-
 GALLERY = "gallery.parquet"
 
-
 _SIDE = 160  # pixels
-
 _QUALITY = 80
-
 _SAMPLES = 8  # of a class, or fewer where there are many classes
-
 _MAX_SAMPLES = 240
-
 # Row groups that are read for samples at most: rare classes may be in none of them.
 _MAX_GROUPS = 8
-
 _MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
-
 _MAX_CONFUSED = 12  # pairs of classes that are listed
-
 _MAX_PAIRS = 30  # duplicates that are listed
-
 _MAX_REJECTED = 30
-
 _FEW = 10  # photographs of a class in a split, of which shares say little
-
 _MAX_FEW = 8  # such classes that are named
-
 
 _GALLERY_SCHEMA = pa.schema(
     [
@@ -68,7 +55,6 @@ _GALLERY_SCHEMA = pa.schema(
     ]
 )
 
-
 _KINDS = (
     ("confident-error", "Most confident errors", "Wrong, and the surest of it."),
     (
@@ -78,7 +64,6 @@ _KINDS = (
     ),
     ("confused-pair", "Most confused classes", "Photographs of the pairs that are mixed up most."),
 )
-
 
 _STAGES = {
     "start": ("start", "Ray and settings"),

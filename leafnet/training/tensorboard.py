@@ -22,7 +22,6 @@ from leafnet.data.images import ImageError, decode
 from leafnet.data.shards import SPLITS, ShardIndex
 
 FOLDER = "tensorboard"
-
 # What an epoch's row of the history says, by split and tag; the step is the epoch.
 _SCALARS = {
     "train": {
@@ -32,9 +31,7 @@ _SCALARS = {
     },
     "valid": {"loss": "valid_loss", "accuracy": "valid_accuracy"},
 }
-
 _TUNED = "fine_tune/"
-
 _SCALARS_TUNED = {
     split: {_TUNED + tag: name for tag, name in tags.items()} for split, tags in _SCALARS.items()
 }
@@ -42,11 +39,8 @@ _SCALARS_TUNED = {
 _SCALARS_TUNED["train"] |= {_TUNED + name: name for name in ("images_per_s", "waited")}
 
 _STAGES = (_SCALARS, _SCALARS_TUNED)
-
 _RESULTS = ("accuracy", "macro_f1", "log_loss", "ece")
-
 _MAX_CLASSES = 24  # more samples would bury the rest
-
 _SAMPLES, _SAMPLE_PX = 4, 160
 
 

@@ -45,7 +45,6 @@ _PLACEMENT = (
     *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
 
-
 Made = TypeVar("Made")
 
 

@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 # Uniform numbers an example needs: flips 2, turn 1, area 1, aspect 1, place 2, brightness 1,
 # saturation 1, channels 3.
 DRAWS = 12
-
 # Numbers a pair of examples needs to be mixed: see `draw_mixing`.
 MIXING = 5
-
 
 # Crops are at most so much wider than high, or higher than wide (Szegedy et al. 2015,
 # arXiv:1409.4842, have 4/3).
 _ASPECT = 4 / 3
-
 # Weights of red, green and blue in what is seen as brightness (ITU-R BT.601).
 _LUMA = (0.299, 0.587, 0.114)
 

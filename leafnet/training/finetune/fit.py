@@ -49,14 +49,10 @@ if TYPE_CHECKING:
 
 Batch = tuple[NDArray[Any], ...]  # pixels, draws, mixing, labels
 
-
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
-
 # Scale of a variable that is smaller or 0 at the start (Shazeer and Stern 2018, arXiv:1804.04235).
 _SMALLEST = 1e-3
-
 _VALID_BATCH = 32
-
 # What the frozen part makes of validation photographs is kept by a worker up to so many bytes.
 _KEPT_BYTES = 2**30
 

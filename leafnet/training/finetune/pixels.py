@@ -27,11 +27,9 @@ from leafnet.data.shards import Shard
 
 Pixels = NDArray[np.uint8]
 
-
 # Shards whose examples are mixed where photographs are streamed; twice as many are in memory where
 # one window ends and the next begins, 64 MB each.
 _WINDOW = 4
-
 _BLOCK = 256  # photographs that are decoded between two writes
 
 

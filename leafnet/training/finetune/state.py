@@ -13,9 +13,7 @@ from leafnet.models.classifier import Head
 from leafnet.models.weights import stage_of
 
 Array = NDArray[np.float32]
-
 Arrays = dict[str, Array]  # by name of the variable, such as conv5_block1_1_conv/kernel
-
 Convolutions = dict[str, tuple[Array, Array]]
 
 

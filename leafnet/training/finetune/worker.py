@@ -29,7 +29,6 @@ from leafnet.training.loop import Saving
 from leafnet.training.settings import FineTuneSettings
 
 _FOLDER = "fine_tune"  # Ray Train's folder in that of the run
-
 _POST_S = 0.5  # between two reports of progress
 
 

@@ -43,10 +43,8 @@ if TYPE_CHECKING:
 # The features that a worker copies out of the memory map at a time, in bytes.
 _PIECE_BYTES = 16 * 2**20
 
-
 # (indices of examples [M], epoch) -> features [M, D] of the view that this epoch takes of each.
 Gather = Callable[[NDArray[np.int64], int], NDArray[np.floating]]
-
 
 # (features [S, rows, D], labels [S, rows], first step) -> (loss [S], correct) of S steps.
 _RunSteps = Callable[["tf.Tensor", "tf.Tensor", "tf.Tensor"], tuple["tf.Tensor", "tf.Tensor"]]

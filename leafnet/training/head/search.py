@@ -22,21 +22,14 @@ from leafnet.training.settings import HeadSettings
 
 SEARCH = "search.json"
 
-
 # What the search draws from. Widths and rates on a logarithmic scale: a doubling matters as much
 # at one end as at the other. AdamW's decay is multiplied by the rate, so below 1e-3 it does little.
 WIDTHS = (128, 256, 512, 1024)
-
 LEARNING_RATE = (1e-4, 1e-2)
-
 WEIGHT_DECAY = (1e-4, 1.0)
-
 DROPOUT = (0.0, 0.6)
-
 LABEL_SMOOTHING = (0.0, 0.05, 0.1, 0.2)
-
 SEARCHED = ("units", "learning_rate", "weight_decay", "dropout", "label_smoothing")
-
 _SHOWN = 10
 
 

@@ -31,9 +31,7 @@ from leafnet.training.settings import HeadSettings
 
 # A trial that is worse than the better half at a quarter or half of its epochs is stopped there.
 _RUNGS = (0.25, 0.5)
-
 DIVERGED = 1e9  # finite, because the scheduler takes percentiles
-
 # More processes at once gain nothing on one memory bus, and each holds TensorFlow.
 _MAX_PROCESSES = 16
 
