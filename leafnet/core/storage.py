@@ -27,6 +27,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from leafnet.core import local
 from leafnet.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -269,42 +270,23 @@ def write_bytes(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     with _told(url):
         if isinstance(fs, LocalFileSystem):
-            _write_local(path, data)
+            local.write(path, data)
         else:
             fs.pipe_file(path, data)
-
-
-def _write_local(path: str, data: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def create_bytes(url: str, data: bytes) -> bool:
     """Write `data` to `url` if nothing is there, in one step; False when something is.
 
     Of several processes that do so at once, one gets True, if each has other `data`. Object stores
-    have to know `If-None-Match: *` for that, as S3 does.
+    have to know `If-None-Match: *` for that, as S3 does; `try_rights` finds out.
     """
     fs, path = filesystem(url)
     with _told(url):
         if isinstance(fs, LocalFileSystem):
-            return _create_local(path, data)
-        try:
-            fs.pipe_file(path, data, mode="create")
+            return local.create(path, data)
+        if _created(lambda: fs.pipe_file(path, data, mode="create")):
             return True
-        # What s3fs makes of a refused `If-None-Match` differs with the server.
-        except OSError as error:
-            if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:
-                raise
         try:
             # A try whose answer was lost may have written it, and the next one was refused.
             return bytes(fs.cat_file(path)) == data
@@ -312,34 +294,34 @@ def create_bytes(url: str, data: bytes) -> bool:
             return False
 
 
-def _create_local(path: str, data: bytes) -> bool:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    Path(aside).write_bytes(data)
+def _created(write: Callable[[], None]) -> bool:
+    """Whether `write` was not refused because something is there."""
     try:
-        os.link(aside, path)
-    except FileExistsError:
+        write()
+    # What s3fs makes of a refused `If-None-Match` differs with the server.
+    except OSError as error:
+        if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:
+            raise
         return False
-    finally:
-        os.unlink(aside)
     return True
 
 
-def move_in(local: str | Path, url: str) -> None:
-    """Make the complete local file `local` appear at `url` in one step, replacing what is there.
+def move_in(source: str | Path, url: str) -> bool:
+    """Make the complete local file `source` appear at `url` in one step; False: one is there.
 
-    A local `url` has to be on the disk of `local`, which is gone afterwards.
+    A local `url` has to be on the disk of `source`, which is gone afterwards.
     """
     fs, path = filesystem(url)
     with _told(url):
-        if not isinstance(fs, LocalFileSystem):
-            fs.put_file(str(local), path)
-            Path(local).unlink()
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(local, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(local, path)
+        if isinstance(fs, LocalFileSystem):
+            return local.move_in(str(source), path)
+        if not _created(lambda: fs.put_file(str(source), path, mode="create")):
+            with open(source, "rb") as ours, fs.open(path, "rb") as theirs:
+                digests = [hashlib.file_digest(file, "sha256").digest() for file in (ours, theirs)]
+            if digests[0] != digests[1]:
+                return False
+        Path(source).unlink()
+        return True
 
 
 def write_json(url: str, document: Any) -> None:
@@ -380,17 +362,52 @@ def list_names(url: str) -> list[str]:
 
 
 def delete(url: str) -> None:
-    """Delete the file or folder at `url`, if there is one."""
+    """Delete the file at `url`, if there is one; of a symbolic link the link."""
     fs, path = filesystem(url)
-    with _told(url):
-        if fs.isdir(path):
-            found = set() if is_local(url) else set(fs.find(path))
-            fs.rm(path, recursive=True)
-            # s3fs passes over objects that it may not delete.
-            if found and found & set(fs.find(path)):
-                raise UserError("no-access", f"{url}: cannot delete all of it; give the right to")
-        elif fs.exists(path):
+    with _told(url), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if isinstance(fs, LocalFileSystem):
+            os.unlink(path)
+        else:
             fs.rm_file(path)
+
+
+def delete_folder(url: str, *, mark: str) -> None:
+    """Delete the folder at `url`, if there is one, and all that is in it.
+
+    Args:
+        url: never the root of a disk or a whole bucket.
+        mark: URL of a file that only leafnet writes, and whose presence says that the folder is
+            leafnet's; if it is in the folder, it is deleted last, so that an interrupted deletion
+            can be finished.
+
+    Raises:
+        UserError: the file is not there, and so the folder may be somebody's.
+    """
+    fs, path = filesystem(url)
+    depth = 1 if is_local(url) or fs.protocol == "memory" else 2
+    if len([part for part in path.split("/") if part]) < depth:
+        raise UserError("not-ours", f"{url} is a whole disk or bucket, which is never deleted")
+    if is_local(url) and os.path.islink(path):
+        raise UserError("not-ours", f"{url} is a symbolic link, which leafnet does not make")
+    if not is_folder(url):
+        return
+    if not is_file(mark):
+        raise UserError(
+            "not-ours",
+            f"{url} is not deleted: {mark} is not there, and so it may not be leafnet's; move it "
+            "away, or delete it yourself",
+        )
+    below = filesystem(mark)[1]
+    last = posixpath.basename(below) if posixpath.dirname(below) == path else None
+    with _told(url):
+        if isinstance(fs, LocalFileSystem):
+            local.delete_folder(path, last=last)
+            return
+        # Each by its name: `rm` of fsspec takes them for patterns, and a bucket along with them.
+        found = [name for name in fs.find(path) if name != below]
+        deque(each(fs.rm_file, found), maxlen=0)
+        if last is not None:
+            fs.rm_file(below)
 
 
 def try_rights(folder: str) -> None:
@@ -409,7 +426,7 @@ def try_rights(folder: str) -> None:
         write_bytes(url, data)
         if read_bytes(url) != data or list_names(own) != ["try"]:
             raise UserError("store-failed", f"{folder} does not give back what was written to it")
-        delete(own)
+        delete_folder(own, mark=url)
     # Every filesystem has errors of its own.
     except Exception as error:
         if isinstance(error, UserError):
@@ -438,10 +455,10 @@ def local_copy(url: str) -> Iterator[str]:
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"leafnet-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     try:
-        local = folder / posixpath.basename(path)
+        copy = folder / posixpath.basename(path)
         with _told(url):
-            fs.get_file(path, str(local))
-        yield str(local)
+            fs.get_file(path, str(copy))
+        yield str(copy)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

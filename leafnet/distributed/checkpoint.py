@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def names(url: str) -> list[str]:
     # Ray Train keeps a checkpoint_manager_snapshot.json beside them.
     found = [name for name in storage.list_names(url) if re.match(_PREFIX + r"\d", name)]
     return sorted(found, reverse=True)
+
+
+def delete(url: str) -> None:
+    """Delete the checkpoint `url`, whole or not: what leafnet wrote there, and nothing else."""
+    for name in (MANIFEST, _ARRAYS):
+        storage.delete(storage.join(url, name))
+    if storage.is_local(url):
+        with suppress(OSError):  # something of others is there
+            Path(storage.absolute(url)).rmdir()
 
 
 def _whole(url: str) -> tuple[dict[str, Any], dict[str, bytes]]:

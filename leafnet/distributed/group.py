@@ -226,7 +226,7 @@ class _Group:
                 if found:
                     names = checkpoint.names(self._folder)
                     for old in names[names.index(found) + self._survival.keep :]:
-                        storage.delete(storage.join(self._folder, old))
+                        checkpoint.delete(storage.join(self._folder, old))
                 return found
             except UserError as error:
                 # Where nothing has run yet, what is wrong with the store is told at once.

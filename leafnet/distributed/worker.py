@@ -151,7 +151,7 @@ def _upload(folder: Path, url: str, teller: Teller) -> None:
             if not isinstance(caught, UserError):
                 error = UserError("store-failed", f"cannot write {url}: {caught}")
             with suppress(UserError, OSError):
-                storage.delete(url)  # the room of what is half written
+                checkpoint.delete(url)  # the room of what is half written
             if not passes(error) or time.monotonic() + wait > deadline:
                 ray.get(teller.post(("error", error)))
                 raise error from None

@@ -238,7 +238,8 @@ def evict(cache: str, *, max_gb: float, keep: str) -> list[str]:
         if sum(sizes.values()) <= max_gb * 1e9:
             break
         if name != keep:
-            storage.delete(storage.join(cache, name))
+            root = storage.join(cache, name)
+            storage.delete_folder(root, mark=storage.join(root, _USED))
             del sizes[name]
             gone.append(name)
     return gone

@@ -24,6 +24,11 @@ from leafnet.preparation.settings import PrepareSettings
 
 # Settings of prepare that decide which examples of a data set are kept, and how they are written.
 _AS_BEFORE = ("duplicates", "near_duplicates", "near_distance", "shard_mb", "row_group", "seed")
+
+# In the folder of examples that is made beside --out and deleted again. Hidden, so that it is taken
+# for no example.
+_MARK = ".leafnet-source"
+
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -63,7 +68,9 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
         raise UserError("no-answers", f"--answers {answers} has no label that can be taken")
     # Beside --out, where every machine that writes the shards can read it.
     source = f"{out}.source"
-    storage.delete(source)
+    mark = storage.join(source, _MARK)
+    storage.delete_folder(source, mark=mark)
+    storage.write_bytes(mark, b"")
     try:
         if base is not None:
             taken = _write_base(base, taken, source)
@@ -81,7 +88,7 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
         )
         prepare.run(prepared, sources.look(source))
     finally:
-        storage.delete(source)
+        storage.delete_folder(source, mark=mark)
     _tell_origin(out, answers=storage.absolute(answers), base=base, count=len(taken))
 
 

@@ -10,6 +10,7 @@ no code travels with a model.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 
 BUNDLE_VERSION = 1
+
+_OURS = re.compile(r"model-[0-9a-f]{16}\.(weights\.h5|int8\.xml|int8\.bin)")
+
 _INPUT = "uint8 RGB 0..255; inside the network BGR minus the ImageNet mean (Keras `caffe` mode)"
 
 
@@ -224,7 +228,7 @@ def save(
     storage.write_json(storage.join(url, "model.json"), description)
     named = {entry["file"] for entry in described.values()}
     for name in before:
-        if name.endswith((".weights.h5", ".int8.xml", ".int8.bin")) and name not in named:
+        if _OURS.fullmatch(name) and name not in named:
             storage.delete(storage.join(url, name))
     return str(description["model_id"])
 

@@ -71,8 +71,9 @@ def run(settings: ExportSettings) -> None:
                 "nothing was written",
             )
         beside = storage.join(out, _SIDECAR) if made.is_dir() else f"{out}.json"
-        _publish(made, out)
+        # First, as the mark of a folder that is leafnet's to overwrite.
         storage.write_json(beside, _description(model, form, parity | {"of": source}))
+        _publish(made, out)
         say(f"exported  {out}")
         terminal.result(exported=out, parity=parity)
         say(f"also in   {beside}: classes in order, input and the parity")
@@ -91,8 +92,21 @@ def _check(out: str, settings: ExportSettings) -> None:
     suffix = _SUFFIX.get(form, "")
     if not out.endswith(suffix):
         raise UserError("bad-name", f"--to {form} writes a file *{suffix}, found --out {out}")
-    if storage.exists(out) and not settings.overwrite:
-        raise UserError("out-exists", f"{out} is there already; give another --out, or --overwrite")
+    if suffix:
+        places = [out, f"{out}.json"] + [f"{out.removesuffix('.xml')}.bin"] * (form == "openvino")
+        taken = [place for place in places if storage.exists(place)]
+    else:
+        taken = [out] if storage.is_file(out) or storage.list_names(out) else []
+    if taken and not settings.overwrite:
+        raise UserError(
+            "out-exists", f"{taken[0]} is there already; give another --out, or --overwrite"
+        )
+    if taken and not suffix and not storage.is_file(storage.join(out, _SIDECAR)):
+        raise UserError(
+            "not-ours",
+            f"--out {out} has no {_SIDECAR}, and so no export of leafnet is there to overwrite; "
+            "give an empty or a new folder",
+        )
 
 
 def write(model: Bundle, form: str, path: Path) -> None:
@@ -234,10 +248,11 @@ def _stacks(photographs: Iterator[Pixels]) -> Iterator[Pixels]:
 def _publish(made: Path, out: str) -> None:
     """Bring a file, a file and the one beside it, or a folder to `out`, what is opened first last.
 
-    A folder or a pair does not appear in one step; `saved_model.pb` and the .xml come last.
+    A folder or a pair does not appear in one step; `saved_model.pb` and the .xml come last. Of an
+    export that was there only that is deleted: the files beside it have the same names again.
     """
     if made.is_dir():
-        storage.delete(out)
+        storage.delete(storage.join(out, "saved_model.pb"))
         files = sorted((path for path in made.rglob("*") if path.is_file()), key=_opened_first)
         for path in files:
             below = path.relative_to(made).as_posix()

@@ -267,16 +267,16 @@ def _say_listing(listing: Listing) -> None:
 @contextmanager
 def _staging(out: str) -> Iterator[str]:
     """A new folder below `out` that is gone when the block ends."""
-    folder = storage.join(out, _STAGING)
-    storage.delete(folder)  # of a start that was killed
+    folder, mark = storage.join(out, _STAGING), storage.join(out, _UNFINISHED)
+    storage.delete_folder(folder, mark=mark)  # of a start that was killed
     try:
         yield storage.join(folder, uuid.uuid4().hex[:16])
     except BaseException:
         # That is what has to be told; the next start deletes the folder too.
         with suppress(UserError, OSError):
-            storage.delete(folder)
+            storage.delete_folder(folder, mark=mark)
         raise
-    storage.delete(folder)
+    storage.delete_folder(folder, mark=mark)
 
 
 # Reading

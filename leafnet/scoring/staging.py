@@ -19,10 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leafnet.core import storage
+from leafnet.core.errors import EXIT_IN_USE, UserError
 from leafnet.scoring import ledger
 from leafnet.scoring.ledger import KEYS, Bools, Difference, keys
 
 STAGING = "_staging"
+RUN = "run.json"
 _PART = re.compile(r"part-(\d{6})")
 _ROW_GROUP = 65_536
 # Few values in many rows; of the others nearly each value is another, and a dictionary only costs.
@@ -74,7 +76,7 @@ class Staging:
 
     def delete(self) -> None:
         """Forget it all: it is published."""
-        storage.delete(self.root)
+        storage.delete_folder(self.root, mark=storage.join(self.root, RUN))
         if storage.is_local(self.root):
             with contextlib.suppress(OSError):  # another run's staging is beside it
                 Path(storage.absolute(self.root)).parent.rmdir()
@@ -89,7 +91,7 @@ def staging_root(out: str, *, model_id: str, images: str) -> str:
 def find_staging(root: str) -> Staging | None:
     """What an interrupted run left at `root`, or None."""
     try:
-        document = storage.read_json(storage.join(root, "run.json"))
+        document = storage.read_json(storage.join(root, RUN))
     except (FileNotFoundError, NotADirectoryError):
         return None
     names = [name for name in storage.list_names(root) if _PART.fullmatch(name)]
@@ -116,7 +118,7 @@ def start_staging(root: str, *, date: str, found: Staging | None) -> Staging:
     staging.date = date
     # Before anything is published under this date, so that the next start knows where to look.
     document = {"run_id": staging.run_id, "started_at": staging.started_at, "date": date}
-    storage.write_json(storage.join(root, "run.json"), document)
+    storage.write_json(storage.join(root, RUN), document)
     return staging
 
 
@@ -192,7 +194,12 @@ def publish(
                 writer.write_table(rows.cast(schema), row_group_size=_ROW_GROUP)
         counts = Counts(dict(status), dict(label.most_common()), dict(reason.most_common()))
         check(counts)
-        storage.move_in(local, url)
+        if not storage.move_in(local, url):
+            raise UserError(
+                "lock-lost",
+                f"another job has published {url} meanwhile; run the same command again",
+                exit_code=EXIT_IN_USE,
+            )
     return counts
 
 

@@ -1,4 +1,5 @@
 import errno
+import functools
 import ipaddress
 import json
 import os
@@ -78,9 +79,11 @@ def test_write_read_list_delete(root: str) -> None:
     assert [storage.read_bytes(file.url) for file in files] == [b"1", b"222"]
     assert storage.exists(storage.join(root, "a"))
     assert storage.is_folder(storage.join(root, "a"))
-    storage.delete(storage.join(root, "a"))
+    mark = storage.join(root, "a", "one.bin")
+    storage.delete_folder(storage.join(root, "a"), mark=mark)
     assert storage.list_files(storage.join(root, "a")) == []
-    storage.delete(storage.join(root, "a"))
+    assert not storage.exists(storage.join(root, "a"))
+    storage.delete_folder(storage.join(root, "a"), mark=mark)
 
 
 def test_missing_file(root: str) -> None:
@@ -145,14 +148,16 @@ def test_one_of_many_creates_it(root: str) -> None:
 
 
 def test_move_in(root: str, tmp_path: Path) -> None:
+    """A file is there whole, and never takes the place of another's."""
     url = storage.join(root, "date=1", "a.bin")
-    for content in (b"one", b"two"):
-        local = tmp_path / "local"
-        local.write_bytes(content)
-        storage.move_in(local, url)
-        assert storage.read_bytes(url) == content
-        assert not local.exists()
-    assert storage.list_names(storage.join(root, "date=1")) == ["a.bin"]
+    ours = tmp_path / "ours"
+    ours.write_bytes(b"one")
+    assert storage.move_in(ours, url)
+    assert not ours.exists()
+    ours.write_bytes(b"two")
+    assert not storage.move_in(ours, url)
+    assert storage.read_bytes(url) == b"one"
+    assert ours.read_bytes() == b"two"
 
 
 def test_markers_of_folders_are_no_files(root: str) -> None:
@@ -303,7 +308,7 @@ def test_rights_to_read_only(bucket: str, radosgw: Server, monkeypatch: pytest.M
     calls: list[Callable[[], None]] = [
         lambda: storage.write_bytes(f"{bucket}/a/two", b"2"),
         lambda: storage.delete(f"{bucket}/a/one"),
-        lambda: storage.delete(f"{bucket}/a"),
+        lambda: storage.delete_folder(f"{bucket}/a", mark=f"{bucket}/a/one"),
     ]
     for call in calls:
         with pytest.raises(UserError, match=f"{bucket}/a") as told:
@@ -479,7 +484,8 @@ def test_through_a_proxy_that_does_harm(
         with storage.open_file(urls[4]) as file:
             file.seek(500_000)
             assert file.read(1000) == data["0/4.bin"][500_000:501_000]
-        storage.delete(storage.join(root, "3"))
+        folder = storage.join(root, "3")
+        storage.delete_folder(folder, mark=storage.list_files(folder)[0].url)
         assert storage.list_names(root) == ["0", "1", "2"]
         # A try whose answer was lost has created it.
         locks = [f"{root}-locks/{i}" for i in range(16)]
@@ -787,14 +793,93 @@ def test_a_store_that_gives_back_something_else(here: str, monkeypatch: pytest.M
         storage.try_rights(here)
 
 
-def test_a_store_that_does_not_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = f"memory://{tmp_path.name}"
-    storage.write_bytes(storage.join(here, "a"), b"1")
-    fs: Any = storage.filesystem(here)[0]
-    monkeypatch.setattr(fs, "rm", lambda path, recursive: None)
-    with pytest.raises(UserError, match="cannot delete all of it; give the right to") as told:
-        storage.delete(here)
-    assert told.value.reason == "no-access"
+# What is deleted, and what never
+
+
+def test_a_folder_without_the_mark_of_leafnet_stays(root: str) -> None:
+    """Also where the mark was asked for, and its like is deeper in the folder."""
+    folder = storage.join(root, "of", "somebody")
+    storage.write_bytes(storage.join(folder, "thesis.txt"), b"years")
+    storage.write_bytes(storage.join(folder, "deep", "run.json"), b"{}")
+    with pytest.raises(UserError, match="may not be leafnet's; move it away") as told:
+        storage.delete_folder(folder, mark=storage.join(folder, "run.json"))
+    assert told.value.reason == "not-ours"
+    storage.delete(folder)  # of a file
+    assert len(storage.list_files(folder)) == 2
+
+
+def test_a_folder_goes_and_what_is_beside_it_stays(root: str) -> None:
+    """Names are names, and no patterns; the mark may lie beside the folder."""
+    folder = storage.join(root, "night[1]*")
+    for name in ("run.json", "part", "deep/part", ".hidden", "half.tmp"):
+        storage.write_bytes(storage.join(folder, name), b"1")
+    others = [storage.join(root, name) for name in ("night1", "night[1]", "night[1]*2/part")]
+    for other in others:
+        storage.write_bytes(other, b"another's")
+    storage.delete_folder(folder, mark=others[0])
+    assert [file.url for file in storage.list_files(root)] == sorted(others)
+    assert not storage.exists(folder)
+
+
+@pytest.mark.parametrize("name", ["s3://a-bucket", "s3://a-bucket/", "/", "file:///", "memory://"])
+def test_a_whole_disk_or_bucket_is_never_deleted(
+    name: str, moto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_server(monkeypatch, moto.environment())
+    if name == "s3://a-bucket":
+        make_bucket("a-bucket")
+        storage.write_bytes("s3://a-bucket/run.json", b"{}")
+    with pytest.raises(UserError, match="is a whole disk or bucket") as told:
+        storage.delete_folder(name, mark=storage.join(name, "run.json"))
+    assert told.value.reason == "not-ours"
+    storage._filesystem.cache_clear()
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "run.json").write_text("{}")
+    (tmp_path / "link").symlink_to(mine)
+    with pytest.raises(UserError, match="link is a symbolic link") as told:
+        storage.delete_folder(str(tmp_path / "link"), mark=str(tmp_path / "link" / "run.json"))
+    assert told.value.reason == "not-ours"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "link").symlink_to(mine)
+    storage.delete_folder(str(folder), mark=str(folder / "run.json"))
+    storage.delete(str(tmp_path / "link"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (mine / "run.json").exists()
+
+
+@pytest.mark.parametrize("there", ["local", "memory"])
+def test_the_mark_goes_last(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is left of a deletion that was interrupted can be deleted again."""
+    root = str(tmp_path / "here") if there == "local" else f"memory://{tmp_path.name}"
+    for name in ("a", "run.json", "z"):
+        storage.write_bytes(storage.join(root, name), b"1")
+    gone: list[str] = []
+
+    def unlink(path: str, real: Callable[[str], None]) -> None:
+        if len(gone) == 2:
+            raise KeyboardInterrupt
+        real(path)
+        gone.append(path.rpartition("/")[2])
+
+    fs = storage.filesystem(root)[0]
+    with monkeypatch.context() as patch:
+        if there == "local":
+            patch.setattr(os, "unlink", functools.partial(unlink, real=os.unlink))
+            patch.setattr(Path, "unlink", lambda path, **_: unlink(str(path), os.remove))
+        else:
+            patch.setattr(fs, "rm_file", functools.partial(unlink, real=fs.rm_file))
+        with pytest.raises(KeyboardInterrupt):
+            storage.delete_folder(root, mark=storage.join(root, "run.json"))
+    assert sorted(gone) == ["a", "z"]
+    assert storage.list_names(root) == ["run.json"]
+    storage.delete_folder(root, mark=storage.join(root, "run.json"))
+    assert not storage.exists(root)
 
 
 def test_a_protocol_that_nobody_knows() -> None:

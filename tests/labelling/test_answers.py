@@ -10,11 +10,13 @@ import pytest
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.core.settings import validate
 from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
 from leafnet.labelling import answers
 from leafnet.labelling.answers import _Labelled
 from leafnet.labelling.labelstudio import Answer
+from leafnet.labelling.settings import ReviewSettings
 
 CLASSES = ("healthy", "rust")
 PHOTOGRAPHS = {"1.jpg": b"one", "2.jpg": b"two", "3.jpg": b"three", "gone.jpg": b"gone"}
@@ -241,3 +243,18 @@ def test_a_data_set_says_that_it_came_of_answers(with_base: bool, tmp_path: Path
     found = shards.read_index(out)
     assert (found.fingerprint, found.class_names) == (made.fingerprint, CLASSES)
     assert found.counts == {"train": {"healthy": 0, "rust": 1}}
+
+
+def test_a_folder_of_somebody_beside_the_data_set_stays(folder: str, tmp_path: Path) -> None:
+    """The examples are gathered in OUT.source, which may be there already."""
+    taken = str(tmp_path / "answers.csv")
+    storage.write_bytes(taken, b"key,label\n1.jpg,rust\n")
+    thesis = tmp_path / "new.source" / "thesis.txt"
+    storage.write_bytes(str(thesis), b"years")
+    given = validate(
+        ReviewSettings, {"answers": taken, "photographs": folder, "out": str(tmp_path / "new")}
+    )
+    with pytest.raises(UserError, match=r"new\.source is not deleted: .* may not be leafnet's"):
+        answers.take_back(given, taken, str(tmp_path / "new"))
+    assert thesis.read_bytes() == b"years"
+    assert not (tmp_path / "new").exists()

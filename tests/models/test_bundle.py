@@ -219,12 +219,14 @@ def test_thresholds_of_an_int8_that_was_refused_are_not_loaded(tmp_path: Path) -
 
 def test_a_model_that_takes_its_place_leaves_other_files_alone(tmp_path: Path) -> None:
     save(tmp_path, int8=INT8)
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "mine.weights.h5", "model-0.int8.bin"):
+        (tmp_path / name).write_text("mine")
     first = {path.name for path in tmp_path.iterdir()}
     save(tmp_path, int8=INT8)
     assert {path.name for path in tmp_path.iterdir()} == first
     save(tmp_path, int8=Int8(INT8.xml, b"other"), head=made_head(1))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    for name in ("notes.txt", "mine.weights.h5", "model-0.int8.bin"):
+        assert (tmp_path / name).read_text() == "mine"
     left = {path.name for path in tmp_path.iterdir()}
     assert len(left) == len(first)
     assert sorted(name.partition(".")[2] for name in first - left) == ["int8.bin", "weights.h5"]

@@ -107,14 +107,48 @@ def test_an_export_of_another_model_is_refused(
         ("onnx", "a.tflite", r"--to onnx writes a file \*.onnx, found --out"),
         ("onnx", "there.onnx", "is there already; give another --out, or --overwrite"),
         ("tf_saved_model", "folder", "is there already"),
+        ("onnx", "beside.onnx", r"beside\.onnx\.json is there already"),
+        ("openvino", "pair.xml", r"pair\.bin is there already"),
     ],
 )
 def test_what_is_refused(form: str, name: str, message: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "there.onnx").write_text("mine")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "beside.onnx.json").write_text("mine")
+    (tmp_path / "pair.bin").write_text("mine")
     with pytest.raises(UserError, match=message):
         export.run(settings(model, form, tmp_path / name))
-    assert (tmp_path / "there.onnx").read_text() == "mine"
+    found = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert found == ["mine"] * 4
+
+
+def test_a_folder_of_others_is_not_overwritten(
+    model: str, moto: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_server(monkeypatch, moto.environment())
+    bucket = make_bucket(f"exports-{uuid.uuid4().hex[:12]}")
+    for place in (str(tmp_path / "thesis"), bucket):
+        storage.write_bytes(storage.join(place, "variables", "thesis.txt"), b"years")
+        values = {"model": model, "to": "tf_saved_model", "out": place, "overwrite": True}
+        with pytest.raises(
+            UserError, match=r"has no leafnet\.json.*give an empty or a new"
+        ) as told:
+            export.run(validate(ExportSettings, values))
+        assert told.value.reason == "not-ours"
+        assert len(storage.list_files(place)) == 1
+
+
+def test_a_folder_is_overwritten_and_what_others_put_there_stays(tmp_path: Path) -> None:
+    out, made = tmp_path / "served", tmp_path / "1"
+    for folder, content in ((out, "old"), (made, "new")):
+        for name in ("saved_model.pb", "variables/variables.index"):
+            storage.write_bytes(str(folder / name), content.encode())
+    (out / "thesis.txt").write_text("years")
+    export._publish(made, str(out))
+    assert (out / "saved_model.pb").read_text() == "new"
+    assert (out / "variables" / "variables.index").read_text() == "new"
+    assert (out / "thesis.txt").read_text() == "years"
 
 
 def test_a_format_whose_package_is_not_there(

@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -82,7 +83,7 @@ def test_a_night_in_an_object_store() -> None:
     assert page.all("img")
     assert "median of the last night: 30" in page.text
     assert storage.read_bytes(f"{out}/_reports/latest.html") == storage.read_bytes(target)
-    storage.delete("memory://nights")
+    storage.filesystem("memory://")[0].rm("/nights", recursive=True)
 
 
 def test_no_reader_of_the_predictions_meets_the_reports(tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_what_older_runs_do_not_have(tmp_path: Path) -> None:
     document = json.loads(summary.read_text())
     del document["model"]["reference"], document["model"]["review"], document["settings"]
     summary.write_text(json.dumps(document))
-    storage.delete(str(tmp_path / "_reports"))
+    shutil.rmtree(tmp_path / "_reports")
     page = written(tmp_path, "2026-11-23")
     assert page.all("img") == []
     assert "no thumbnail" in page.text

@@ -113,7 +113,8 @@ def run_trials(
         with board.follow(errors.append):
             results = tuner.fit()
     # What Tune keeps of a trial is in our own table; its folder would only confuse.
-    storage.delete(storage.join(run, title))
+    folder = storage.join(run, title)
+    storage.delete_folder(folder, mark=storage.join(folder, "tuner.pkl"))
     if errors:
         raise errors[0]
     if results.errors:
