@@ -1,17 +1,20 @@
-"""The main job end to end on drawn photographs: prepare, train, evaluate, score.
+"""Prepare, train, evaluate and score, from beginning to end, on drawn photographs.
 
 Nothing is downloaded.
 """
 
-import argparse
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic import Field
 
 from leafnet.core import terminal
 from leafnet.core.errors import UserError
+from leafnet.core.job import Job
+from leafnet.core.settings import Settings
 from leafnet.core.terminal import say
 from leafnet.data import synthetic
 
@@ -22,21 +25,20 @@ EXAMPLES = """\
 """
 JOBS = Path(__file__).parent
 DRAWN = (
-    "The photographs are drawn and the weights of the ResNet50 are random; the head is really "
-    "trained, and the figures hold for these drawings only."
+    "The photographs are drawn and the weights of the ResNet50 are random. The head is really "
+    "trained, but the figures hold for these drawings only."
 )
 PER_CLASS, NEW_PER_CLASS = 150, 12
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="jobs/demo.py",
-        description=__doc__,
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all it makes")
-    out: Path = parser.parse_args(argv).out
+class DemoSettings(Settings):
+    """Settings of jobs/demo.py."""
+
+    out: Path = Field(Path("demo"), description="folder for everything that the demo makes")
+
+
+def run(settings: DemoSettings) -> None:
+    out = settings.out
     photographs, incoming = out / "drawn_photographs", out / "drawn_night"
     shards, runs, predictions = out / "shards", out / "runs", out / "predictions"
     model = runs / "demo" / "model"
@@ -47,43 +49,42 @@ def main(argv: Sequence[str]) -> None:
         synthetic.write_photographs(photographs, per_class=PER_CLASS, advance=advance)
         synthetic.write_photographs(incoming, per_class=NEW_PER_CLASS, seed=1, advance=advance)
     synthetic.write_odd(incoming / "odd")
-    run("prepare.py", "--source", photographs, "--out", shards, "--split", "70/15/15")
-    config = JOBS / "demo.yaml"
-    run("train.py", "--config", config, "--shards", shards, "--out", runs, "--name", "demo")
-    run("evaluate.py", "--model", model, "--shards", shards, "--split", "test")
-    run("score.py", "--model", model, "--images", incoming, "--out", predictions)
+    start("prepare.py", "--source", photographs, "--out", shards, "--split", "70/15/15")
+    config = ("--config", JOBS / "demo.yaml", "--note", DRAWN)
+    start("train.py", *config, "--shards", shards, "--out", runs, "--name", "demo")
+    start("evaluate.py", "--model", model, "--shards", shards, "--split", "test")
+    start("score.py", "--model", model, "--images", incoming, "--out", predictions, "--note", DRAWN)
 
-    say()
-    say(DRAWN)
-    say("The night has a few odd pictures in odd/: no leaf, a covered lens, a broken file.")
-    say(f"  photographs  {photographs} to train on, {incoming} to score")
-    say(f"  shards       {shards}")
-    say(f"  model        {model}")
-    say(f"  results      {runs / 'demo'}: metrics.json history.csv curves.png confusion.png")
-    say(f"  predictions  {predictions}: Parquet, a row for each photograph")
-    say(f"  reports      {runs / 'demo' / 'report.html'}")
-    say(f"               {predictions / '_reports' / 'latest.html'}")
-    say("The same with ImageNet weights, which are downloaded once:")
-    say(f"  {_python()} jobs/train.py --shards {shards} --out {runs} --name imagenet")
+    say(f"""
+{DRAWN}
+The night has a few odd pictures in odd/: no leaf, a covered lens, a broken file.
+  photographs  {photographs} for training, {incoming} for scoring
+  shards       {shards}
+  model        {model}
+  results      {runs / "demo"}: metrics.json history.csv curves.png confusion.png
+  predictions  {predictions}: Parquet, with a row for each photograph
+  reports      {runs / "demo" / "report.html"}
+               {predictions / "_reports" / "latest.html"}
+The same with ImageNet weights, which are downloaded once:
+  {python()} jobs/train.py --shards {shards} --out {runs} --name imagenet""")
 
 
-def run(job: str, *arguments: str | Path) -> None:
+def start(job: str, *arguments: str | Path) -> None:
     """Run a job as a person would, showing the command."""
-    words = [f"jobs/{job}", *map(str, arguments)]
-    say()
-    say(f"$ {_python()} {shlex.join(words)}", style="bold")
-    command = [sys.executable, str(JOBS / job), *map(str, arguments), *terminal.flags()]
+    words = [str(argument) for argument in arguments]
+    say(f"\n$ {python()} {shlex.join([f'jobs/{job}', *words])}", style="bold")
+    command = [sys.executable, str(JOBS / job), *words, *terminal.flags()]
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise UserError("demo-failed", f"jobs/{job} ended with code {done.returncode}, see above")
 
 
-def _python() -> str:
-    """How to call this Python, short where that is possible."""
-    path = Path(sys.executable)
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def python() -> str:
+    """Return the command for this Python, relative to the working directory if that is shorter."""
+    return min(sys.executable, os.path.relpath(sys.executable), key=len)
 
+
+job = Job(DemoSettings, run, __doc__, EXAMPLES)
 
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

@@ -1,9 +1,6 @@
 """Turn a folder of photographs into shards: checked, de-duplicated, split and shuffled."""
 
-from collections.abc import Sequence
-
-from leafnet.core import terminal
-from leafnet.core.settings import parse
+from leafnet.core.job import Job
 from leafnet.preparation import sources
 from leafnet.preparation.settings import PrepareSettings
 
@@ -17,20 +14,15 @@ exit codes:
 """
 
 
-def main(argv: Sequence[str]) -> None:
-    settings = parse(
-        PrepareSettings,
-        argv,
-        prog="jobs/prepare.py",
-        description=__doc__,
-        examples=EXAMPLES,
-    )
+def run(settings: PrepareSettings) -> None:
     listing = sources.look(settings.source)
-    # After the settings and the source are known to be right: Ray takes seconds to import.
+    # Only now that the source is known to be right: Ray takes seconds to import.
     from leafnet.preparation import prepare
 
     prepare.run(settings, listing)
 
 
+job = Job(PrepareSettings, run, __doc__, EXAMPLES)
+
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

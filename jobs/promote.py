@@ -1,9 +1,6 @@
 """Make a model champion of a registry if it is not worse than the champion, or go back."""
 
-from collections.abc import Sequence
-
-from leafnet.core import terminal
-from leafnet.core.settings import parse
+from leafnet.core.job import Job
 from leafnet.evaluation.settings import PromoteSettings
 
 EXAMPLES = """\
@@ -15,21 +12,7 @@ exit codes:
   0 promoted, rolled back, or a tie and the champion stays; 2 a setting or file is wrong;
   3 another job is at work on --registry; 5 the candidate is worse, and the champion stays
 """
-
-
-def main(argv: Sequence[str]) -> None:
-    settings = parse(
-        PromoteSettings,
-        argv,
-        prog="jobs/promote.py",
-        description=__doc__,
-        examples=EXAMPLES,
-    )
-    # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet.evaluation import promote
-
-    promote.run(settings)
-
+job = Job(PromoteSettings, "leafnet.evaluation.promote", __doc__, EXAMPLES)
 
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

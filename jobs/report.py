@@ -1,10 +1,9 @@
 """Write the report of a training run or of a night again, from what is stored."""
 
-from collections.abc import Sequence
-
-from leafnet.core import storage, terminal
+from leafnet.core import storage
 from leafnet.core.errors import UserError
-from leafnet.core.settings import ReportSettings, parse
+from leafnet.core.job import Job
+from leafnet.core.settings import ReportSettings
 from leafnet.core.terminal import say
 from leafnet.scoring import ledger
 from leafnet.scoring import report as night_report
@@ -17,14 +16,7 @@ EXAMPLES = """\
 """
 
 
-def main(argv: Sequence[str]) -> None:
-    settings = parse(
-        ReportSettings,
-        argv,
-        prog="jobs/report.py",
-        description=__doc__,
-        examples=EXAMPLES,
-    )
+def run(settings: ReportSettings) -> None:
     if (settings.run is None) == (settings.predictions is None):
         raise UserError("which-report", "give either --run or --predictions, and not both")
     if settings.run is not None:
@@ -37,5 +29,7 @@ def main(argv: Sequence[str]) -> None:
         say(f"report    {night_report.write(out, settings.date or max(nights))}")
 
 
+job = Job(ReportSettings, run, __doc__, EXAMPLES)
+
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

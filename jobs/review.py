@@ -1,9 +1,6 @@
 """Write the photographs most worth a label for people to label, and take the answers back."""
 
-from collections.abc import Sequence
-
-from leafnet.core import terminal
-from leafnet.core.settings import parse
+from leafnet.core.job import Job
 from leafnet.labelling.settings import ReviewSettings
 
 EXAMPLES = """\
@@ -11,21 +8,7 @@ EXAMPLES = """\
   python jobs/review.py --answers export.json --base data/shards --out data/shards-2
   python jobs/review.py --answers review-1/index.csv --base data/shards --out data/shards-2
 """
-
-
-def main(argv: Sequence[str]) -> None:
-    settings = parse(
-        ReviewSettings,
-        argv,
-        prog="jobs/review.py",
-        description=__doc__,
-        examples=EXAMPLES,
-    )
-    # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet.labelling import review
-
-    review.run(settings)
-
+job = Job(ReviewSettings, "leafnet.labelling.review", __doc__, EXAMPLES)
 
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

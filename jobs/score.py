@@ -1,9 +1,6 @@
 """Score the photographs that are new since the last time, and publish them as one night."""
 
-from collections.abc import Sequence
-
-from leafnet.core import terminal
-from leafnet.core.settings import parse
+from leafnet.core.job import Job
 from leafnet.scoring.settings import ScoreSettings
 
 EXAMPLES = """\
@@ -14,21 +11,7 @@ exit codes:
   0 done, or nothing new; 2 a setting or file is wrong; 3 another job is at work on --out;
   4 more than --max-failed of the night failed (it is published all the same)
 """
-
-
-def main(argv: Sequence[str]) -> None:
-    settings = parse(
-        ScoreSettings,
-        argv,
-        prog="jobs/score.py",
-        description=__doc__,
-        examples=EXAMPLES,
-    )
-    # After the settings are known to be right: Ray takes seconds to import.
-    from leafnet.scoring import score
-
-    score.run(settings)
-
+job = Job(ScoreSettings, "leafnet.scoring.score", __doc__, EXAMPLES)
 
 if __name__ == "__main__":
-    terminal.leave(terminal.run_job(main))
+    job.main()

@@ -6,7 +6,6 @@ to change it. A setting that is not in WHEN is an error, of the command and of t
 
 import ast
 import importlib.util
-import operator
 import re
 import sys
 from pathlib import Path
@@ -57,6 +56,7 @@ WHEN = {
     "row_group": "Photographs of many megabytes (smaller)",
     "prepare:seed": "Another split of the same photographs",
     "overwrite": "The data set there is to be replaced",
+    "note": "Whoever reads the report must know something first, such as that the data are drawn",
     # train
     "shards": "Always given",
     "name": "Always given",
@@ -157,6 +157,7 @@ WHEN = {
     "base": "Given with answers: the data set that they are added to",
     "answers": "People have labelled what was chosen",
     "run": "Given where a run is meant",
+    "demo:out": "The demo should not lie in the working directory",
     "storage": "Rights to a bucket are in doubt",
 }
 
@@ -173,11 +174,8 @@ def load(job: str) -> ModuleType:
 
 def jobs() -> dict[str, type[Settings]]:
     """Every job that has settings, with their class, in the order in which they are used."""
-    found: dict[str, type[Settings]] = {}
-    for path in sorted((ROOT / "jobs").glob("*.py")):
-        match = re.search(r"\bparse\(\s*([\w.]*Settings)\b", path.read_text())
-        if match:
-            found[path.stem] = operator.attrgetter(match[1])(load(path.stem))
+    names = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+    found: dict[str, type[Settings]] = {name: load(name).job.settings for name in names}
     order = ["prepare", "train", "evaluate", "score"]
     return {job: found[job] for job in [*order, *sorted(set(found) - set(order))]}
 

@@ -30,7 +30,7 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
 
 def test_the_pages_that_are_written_are_fresh() -> None:
-    assert set(docs.jobs()) == set(JOBS) - {"demo"}, "a job without settings"
+    assert set(docs.jobs()) == set(JOBS), "a job without settings"
     assert docs.missing() == [], "say in tests/docs.py when to change these settings"
     assert docs.SETTINGS.read_text() == docs.settings_page(), "run `make docs`"
     assert docs.MODULES.read_text() == docs.modules_page(), "run `make docs`"
@@ -88,7 +88,7 @@ def test_quoted_messages_are_in_the_code() -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_help_ends_with_three_examples(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        docs.load(job).main(["--help"])
+        docs.load(job).job(["--help"])
     assert caught.value.code == 0
     *_, examples = capsys.readouterr().out.split("examples:\n")
     shown = re.findall(r"^  ((?:python|make) .*)$", examples, re.MULTILINE)

@@ -209,7 +209,7 @@ def test_the_local_commands_in_order(
         for flag, value in TIGHTER.items():
             if flag in arguments:
                 arguments[arguments.index(flag) + 1] = value
-        code = terminal.run_job(load(job).main, [*arguments, *QUICK.get(job, [])])
+        code = terminal.run_job(load(job).job, [*arguments, *QUICK.get(job, [])])
         assert code == 0, " ".join(words)
         done.append(job)
     assert done[:4] == ["prepare", "train", "evaluate", "score"]

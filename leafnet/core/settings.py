@@ -1,7 +1,7 @@
 """YAML and command line into typed, frozen settings.
 
-Defaults come first, then the file named by `--config`, then the flags. A key that does not exist
-and a value that cannot be are refused by name, before any machine is taken.
+Flags override the file named by `--config`, which overrides the defaults. Unknown keys and invalid
+values are refused by name before any machine is taken.
 """
 
 import argparse
@@ -54,7 +54,14 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-Views = Annotated[Literal[1, 4, 8], BeforeValidator(_number)]
+Views = Annotated[
+    Literal[1, 4, 8],
+    BeforeValidator(_number),
+    Field(
+        description="test-time augmentation: average over the flips (4), or also over the quarter "
+        "turns (8); takes that many times as long [views]"
+    ),
+]
 
 
 def _workers(value: int | str) -> int | str:
@@ -81,9 +88,41 @@ def worker_range(workers: int | str) -> tuple[int, int] | None:
 
 Workers = Annotated[int | str, AfterValidator(_workers)]
 
+# Settings that several jobs have.
+Model = Annotated[Url, Field(description="published model: runs/NAME/model or REGISTRY/champion")]
+Shards = Annotated[Url, Field(description="data set written by jobs/prepare.py")]
+Gpu = Annotated[bool | Auto, Field(description="use GPUs; auto: if the cluster has any")]
+BatchSize = Annotated[
+    Count, Field(description="images per pass of the network; auto: 32 on CPUs, 256 on GPUs")
+]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    Field(description="of the backbone; auto: bfloat16 if the processor or GPU has it"),
+]
+AnyPrecision = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8"],
+    Field(description="of the backbone; auto: the fastest that model and processor have"),
+]
+Engine = Annotated[
+    Literal["auto", "tensorflow", "openvino"],
+    Field(description="library that runs the network; auto: the fastest that is installed"),
+]
+MaxMegapixels = Annotated[
+    int, Field(ge=1, description="refuse larger photographs before decoding them [megapixels]")
+]
+LockTimeout = Annotated[
+    float,
+    Field(
+        ge=1,
+        description="take over from a job on another machine that has shown no sign of life for "
+        "this long [s]",
+    ),
+]
+Note = Annotated[str | None, Field(description="a line to show at the top of the report")]
+
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and closed to keys that do not exist."""
+    """Base of all settings: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -93,17 +132,17 @@ class RaySettings(Settings):
 
     address: str | None = Field(
         None,
-        description="a running Ray cluster; none: the one of RAY_ADDRESS or of `ray start` on this "
-        "machine, else a local one for this job",
+        description="running Ray cluster; none: that of RAY_ADDRESS or of `ray start` on this "
+        "machine, or else a local one for this job",
     )
     cpus: int | None = Field(
-        None, ge=1, description="logical CPUs of a local Ray [CPUs]; none: the machine's"
+        None, ge=1, description="logical CPUs of a local Ray [CPUs]; none: all of the machine"
     )
     wait: float = Field(
         900.0,
         ge=0,
-        description="with --gpu true: how long a cluster may take to start machines with GPUs "
-        "that it has not yet [s]",
+        description="with --gpu true: how long to wait for the cluster to start machines with "
+        "GPUs [s]",
     )
 
 
@@ -113,13 +152,13 @@ class DataSettings(Settings):
     local_cache: str | None = Field(
         None,
         description="folder on a fast disk of each machine for copies of the shards that it reads, "
-        "such as /mnt/nvme/leafnet; none: each read asks the store",
+        "such as /mnt/nvme/leafnet; none: always read from the store",
     )
     local_cache_gb: float = Field(
         100.0,
         gt=0,
-        description="the shards that were read least recently make room above this, on each "
-        "machine [GB]",
+        description="size of the copies on each machine above which the least recently read are "
+        "removed [GB]",
     )
 
     @field_validator("local_cache")
@@ -137,19 +176,19 @@ class DoctorSettings(Settings):
 
     storage: Url | None = Field(
         None,
-        description="folder or URL below which a file is written, read and deleted; none: not "
-        "tried",
+        description="folder or URL in which to try writing, reading and deleting a file; none: "
+        "not checked",
     )
-    gpu: bool | Auto = Field("auto", description="look for GPUs; auto: when nvidia-smi finds some")
+    gpu: bool | Auto = Field("auto", description="check GPUs; auto: if nvidia-smi finds any")
     ray: RaySettings = RaySettings()
 
 
 class ReportSettings(Settings):
     """Settings of jobs/report.py."""
 
-    run: Url | None = Field(None, description="a finished run, runs/NAME; none: see --predictions")
+    run: Url | None = Field(None, description="finished run, runs/NAME; none: see --predictions")
     predictions: Url | None = Field(
-        None, description="what jobs/score.py wrote to, for the report of a night; none: see --run"
+        None, description="--out of jobs/score.py, for the report of a night; none: see --run"
     )
     date: str | None = Field(
         None, description="the night, YYYY-MM-DD; none: the newest of --predictions"
@@ -160,10 +199,10 @@ class ReportSettings(Settings):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
-# Flags that are no settings: `terminal.run_job` has acted on them before the settings are read.
+# Flags that are no settings: `terminal.run_job` acts on them before the settings are read.
 _OUTPUT = {
-    "verbose": "show what goes to the log on stderr as well",
-    "json": "write one JSON object a line to stdout, for machines",
+    "verbose": "also show on stderr what is written to the log",
+    "json": "write JSON lines to stdout, for machines",
 }
 
 
@@ -175,10 +214,11 @@ def parse(
     description: str,
     examples: str = "",
 ) -> SettingsT:
-    """Settings from `argv`, over those of the YAML file that `--config` names, over the defaults.
+    """Return the settings of a command line and of the YAML file that its `--config` names.
 
     Raises:
-        UserError: an unknown flag or key, with the nearest that exists; an impossible value.
+        UserError: a flag or key is unknown (the message has the nearest that exists), or a value
+            is invalid.
         SystemExit: after `--help`, with code 0.
     """
     parser = _parser(settings_class, prog=prog, description=description, examples=examples)
@@ -199,10 +239,10 @@ def parse(
 def validate(
     settings_class: type[SettingsT], values: dict[str, Any], *, where: str | None = None
 ) -> SettingsT:
-    """`values`, nested as in YAML, as settings.
+    """Return `values`, nested as in YAML, as settings.
 
     Raises:
-        UserError: an unknown key or an impossible value, named with its place.
+        UserError: a key is unknown or a value invalid; the message has its name and place.
     """
     try:
         return settings_class.model_validate(values)
@@ -211,13 +251,13 @@ def validate(
 
 
 def to_yaml(settings: Settings) -> str:
-    """`settings`, complete with defaults, as YAML that `--config` reads."""
+    """Return all of `settings`, defaults included, as YAML that `--config` reads."""
     document = settings.model_dump(mode="json")
     return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings as they are stored, nested, by their dotted names.
+    """Return stored (nested) settings by their dotted names.
 
     >>> flat({"seed": 0, "head": {"units": [512]}})
     {'seed': 0, 'head.units': [512]}
@@ -231,7 +271,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def leaves(settings_class: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting with its dotted name, in order of definition."""
+    """Yield every setting with its dotted name, in order of definition."""
     for name, field in settings_class.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from leaves(field.annotation, f"{prefix}{name}.")
@@ -249,6 +289,7 @@ def _parser(
 ) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s [--config FILE] [--SETTING VALUE …]",
         description=description,
         epilog=f"examples:\n{examples}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -280,7 +321,7 @@ def _shown(default: Any) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """What may be given, in a word.
+    """Return the kinds of values of a setting, for the help.
 
     >>> _metavar(int), _metavar(int | Literal["auto"]), _metavar(Literal["a", "b"] | None)
     ('INT', 'INT|auto', 'a|b|none')
@@ -307,7 +348,7 @@ def _from_text(text: str, field: FieldInfo) -> Any:
 
 
 def _with_underscores(word: str) -> str:
-    """A flag as the settings are named; values are left alone.
+    """Write a flag with underscores, as the settings are named, without changing its value.
 
     >>> _with_underscores("--max-failed=1-2"), _with_underscores("-a-b")
     ('--max_failed=1-2', '-a-b')
@@ -342,7 +383,7 @@ def _read_yaml(url: str) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise UserError(
-            "bad-yaml", f"{url} must hold `setting: value` lines, found {type(document)}"
+            "bad-yaml", f"{url} must have lines `setting: value`, found {type(document)}"
         )
     return document
 
@@ -355,11 +396,11 @@ def _explain(
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     given = ".".join(str(part) for part in first["loc"])
     place = f" in {where}" if where else ""
-    if not first["loc"]:  # of several settings together
+    if not first["loc"]:  # several settings that do not go together
         return UserError("bad-settings", first["msg"].removeprefix("Value error, ") + place)
     if first["type"] == "extra_forbidden":
         return _unknown("setting", given, names + sorted(sections), place=place)
-    # A union reports a place inside itself, such as `workers.int`.
+    # For a union, pydantic names the branch as well, as in `workers.int`.
     name = max(
         (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
         key=len,

@@ -6,46 +6,52 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from leafnet.core.errors import UserError
-from leafnet.core.settings import Auto, Count, DataSettings, RaySettings, Settings, Url, Views
+from leafnet.core.settings import (
+    AnyPrecision,
+    BatchSize,
+    DataSettings,
+    Engine,
+    Gpu,
+    LockTimeout,
+    Model,
+    Precision,
+    RaySettings,
+    Settings,
+    Shards,
+    Url,
+    Views,
+)
 
 
 class EvaluateSettings(Settings):
     """Settings of jobs/evaluate.py."""
 
-    model: Url = Field(description="a published model, runs/NAME/model or REGISTRY/champion")
-    shards: Url = Field(description="data set that jobs/prepare.py wrote")
+    model: Model
+    shards: Shards
     split: Literal["train", "valid", "test", "all"] = Field(
-        "test", description="what to evaluate on"
+        "test", description="split to evaluate on"
     )
     out: Url | None = Field(
         None,
-        description="folder or URL for evaluation.json and the photographs worth a look; a name "
-        "that ends in .json: that file alone; none: not written",
+        description="folder or URL for evaluation.json and a gallery of telling photographs; a "
+        "name ending in .json: that file only; none: write nothing",
     )
     against: Url | None = Field(
-        None, description="another published model to compare with; none: no comparison"
+        None, description="another published model to compare with; none: do not compare"
     )
     slice_by: str | None = Field(
         None,
-        description="regular expression on the key: accuracy by what it finds, of each named group "
-        "or of group 1; none: only by folder and size",
+        description="regular expression on the key: also give the accuracy for each value of its "
+        "named groups, or of group 1; none: only by folder and size",
     )
-    tta: Views = Field(
-        1,
-        description="test-time augmentation: mean over so many views, the flips (4) and quarter "
-        "turns too (8) [views]",
-    )
+    tta: Views = 1
     explain: bool = Field(
-        True, description="with --out: class activation maps beside the photographs"
+        True, description="with --out: show class activation maps beside the photographs"
     )
-    engine: Literal["auto", "tensorflow", "openvino"] = Field(
-        "auto", description="what runs the network; auto: the fastest, which score takes too"
-    )
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="of the backbone; auto: the fastest that model and processor have"
-    )
-    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
-    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
+    engine: Engine = "auto"
+    precision: AnyPrecision = "auto"
+    gpu: Gpu = "auto"
+    batch_size: BatchSize = "auto"
     data: DataSettings = DataSettings()
     ray: RaySettings = RaySettings()
 
@@ -59,53 +65,45 @@ class PromoteSettings(Settings):
     )
     shards: Url | None = Field(
         None,
-        description="data set that jobs/prepare.py wrote, on whose test split both models are "
+        description="data set written by jobs/prepare.py, on whose test split both models are "
         "evaluated; required unless --rollback",
     )
     margin: float = Field(
         1.0,
         ge=0,
         le=100,
-        description="not worse: the 95 % interval of the difference in accuracy, candidate less "
-        "champion, lies above minus this [points]",
+        description="the candidate is not worse if the 95 % interval of the difference in accuracy "
+        "(candidate minus champion) lies above minus this [points]",
     )
     min_recall: float = Field(
-        0.5, ge=0, le=1, description="recall that the candidate needs in every class [share]"
+        0.5, ge=0, le=1, description="recall that the candidate must reach in every class [share]"
     )
     recall: tuple[str, ...] = Field(
         (),
-        description="recall that it needs in some classes in place of that, such as "
+        description="recall required of single classes instead, such as "
         "late_blight=0.9,healthy=0.8 [share]",
     )
     max_ece_rise: float = Field(
         0.02,
         ge=0,
         le=1,
-        description="the candidate's calibration error (ECE) may be so much above the champion's "
-        "[share]",
+        description="largest increase of the calibration error (ECE) over the champion's [share]",
     )
     tie: Literal["keep", "promote"] = Field(
         "keep",
-        description="which of the two is champion when the candidate is not worse, but no better: "
-        "its accuracy is at most the champion's",
+        description="which model becomes champion if the candidate is not worse, but no more "
+        "accurate either",
     )
     resamples: int = Field(
-        10_000, ge=100, description="paired bootstrap of the interval [resamples]"
+        10_000, ge=100, description="bootstrap samples for the interval [resamples]"
     )
     seed: int = Field(0, ge=0, description="seed of the bootstrap")
-    rollback: bool = Field(False, description="make the champion before this one champion again")
-    dry_run: bool = Field(False, description="evaluate and tell, and write nothing")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
-    )
-    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
-    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
-    lock_timeout: float = Field(
-        60.0,
-        ge=1,
-        description="a job on another machine that has shown no sign of life for so long is "
-        "dead, and the registry is taken over [s]",
-    )
+    rollback: bool = Field(False, description="make the previous champion champion again")
+    dry_run: bool = Field(False, description="evaluate and report, but write nothing")
+    precision: Precision = "auto"
+    gpu: Gpu = "auto"
+    batch_size: BatchSize = "auto"
+    lock_timeout: LockTimeout = 60.0
     ray: RaySettings = RaySettings()
 
     @field_validator("recall")
@@ -127,10 +125,10 @@ class PromoteSettings(Settings):
 
 
 def compile_pattern(text: str, *, flag: str) -> re.Pattern[str]:
-    """The regular expression in `text`, given with `flag`.
+    """Compile the regular expression that was given with `flag`.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is not a regular expression.
     """
     try:
         return re.compile(text)

@@ -12,9 +12,9 @@ class ReviewSettings(Settings):
     """Settings of jobs/review.py."""
 
     out: Url = Field(
-        description="folder or URL to write: of photographs and tasks, or with --answers of shards"
+        description="folder or URL to write: photographs and tasks, or with --answers shards"
     )
-    predictions: Url | None = Field(None, description="what jobs/score.py wrote as --out")
+    predictions: Url | None = Field(None, description="--out of jobs/score.py")
     date: tuple[str, ...] = Field(
         (), description="nights to choose from [YYYY-MM-DD,…]; none: the newest"
     )
@@ -22,38 +22,39 @@ class ReviewSettings(Settings):
     pool: int = Field(
         3,
         ge=1,
-        description="photographs among which diverse ones are chosen, the most uncertain and the "
-        "most novel [multiples of --count]",
+        description="size of the pool of the most uncertain and most novel photographs, from which "
+        "diverse ones are chosen [multiples of --count]",
     )
     model: Url | None = Field(
         None,
-        description="the model that scored the nights, for its features; none: the one that the "
-        "summary of the newest night names",
+        description="the model that scored the nights, for its features; none: the one named in "
+        "the summary of the newest night",
     )
     image_prefix: str | None = Field(
         None,
-        description="what a labelling tool puts before the name of a photograph to show it; none: "
-        "Label Studio's local files below the folder of --out, or the URL of --out",
+        description="what the labelling tool needs before the name of a photograph to show it; "
+        "none: the prefix of Label Studio's local files in the folder of --out, or the URL of "
+        "--out",
     )
     answers: Url | None = Field(
         None,
-        description="labels to take back: Label Studio's export as JSON or JSON-MIN, or a CSV "
-        "with the columns key and label",
+        description="labels to add: an export of Label Studio (JSON or JSON-MIN), or a CSV with "
+        "the columns key and label",
     )
     photographs: Url | None = Field(
         None,
-        description="folder that this job wrote and --answers is of; none: the one it names, or of "
-        "a CSV the one it lies in",
+        description="folder written by this job that --answers belongs to; none: the one named in "
+        "it, or for a CSV the folder that it is in",
     )
     base: Url | None = Field(
         None,
-        description="data set to which the answers are added as training examples; its own "
-        "examples keep their splits; none: the answers alone",
+        description="data set to which the answers are added as training examples (its own "
+        "examples keep their splits); none: a data set of the answers alone",
     )
     split: str = Field(
         "80/10/10",
         pattern=r"^\d+/\d+/\d+$",
-        description="shares of train/valid/test [%] of answers alone",
+        description="without --base: shares of train/valid/test [%]",
     )
     ray: RaySettings = RaySettings()
 

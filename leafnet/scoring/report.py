@@ -177,6 +177,7 @@ def _content(
         "nights": NIGHTS,
         "enough": _ENOUGH_NIGHTS,
         "tiles": _tiles(night, earlier, date),
+        "note": last.get("settings", {}).get("note"),
         "alarms": _alarms(night, earlier, distributions, last),
         "labels": _labels(night, earlier, ordered),
         "shares": _shares(night, earlier, ordered, date),

@@ -1,70 +1,81 @@
 """Settings of the job score."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from leafnet.core.settings import Auto, Count, RaySettings, Settings, Url, Views, day
+from leafnet.core.settings import (
+    AnyPrecision,
+    Auto,
+    BatchSize,
+    Count,
+    Engine,
+    Gpu,
+    LockTimeout,
+    MaxMegapixels,
+    Model,
+    Note,
+    RaySettings,
+    Settings,
+    Url,
+    Views,
+    day,
+)
 
 
 class ScoreSettings(Settings):
     """Settings of jobs/score.py."""
 
-    model: Url = Field(description="a published model, runs/NAME/model or REGISTRY/champion")
+    model: Model
     images: Url = Field(
-        description="photographs: a folder, a prefix, a glob, a list of URLs (.txt, or .parquet "
-        "with a column image), or a data set that jobs/prepare.py wrote"
+        description="photographs: a folder, prefix or glob; a list of URLs (.txt, or .parquet with "
+        "a column image); or a data set written by jobs/prepare.py"
     )
     out: Url = Field(description="folder or URL for the predictions")
     date: str | None = Field(
-        None, description="the night, for the partition date=YYYY-MM-DD; none: today in UTC"
+        None, description="the night, as in the partition date=YYYY-MM-DD; none: today in UTC"
     )
     retries: int = Field(
         2,
         ge=0,
-        description="later nights on which a photograph that could not be read is tried again",
+        description="number of later nights on which an unreadable photograph is tried again "
+        "[nights]",
     )
     max_failed: float = Field(
-        5.0, ge=0, le=100, description="exit code 4 when more of the night failed [%]"
+        5.0,
+        ge=0,
+        le=100,
+        description="exit with code 4 if more photographs of the night than this failed [%]",
     )
-    max_megapixels: int = Field(
-        120, ge=1, description="a larger photograph is refused before it is decoded [megapixels]"
-    )
-    engine: Literal["auto", "tensorflow", "openvino"] = Field(
-        "auto", description="what runs the network; auto: the fastest that is installed"
-    )
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="of the backbone; auto: the fastest that model and processor have"
-    )
-    tta: Views = Field(
-        1,
-        description="test-time augmentation: mean over so many views, the flips (4) and quarter "
-        "turns too (8); takes so many times as long [views]",
-    )
+    max_megapixels: MaxMegapixels = 120
+    engine: Engine = "auto"
+    precision: AnyPrecision = "auto"
+    tta: Views = 1
     explain: bool = Field(
         False,
-        description="class activation maps beside the photographs for review in the night's "
-        "report, 500 at most; half a minute at the end of the night for so many, on two cores",
+        description="show class activation maps beside the photographs for review in the report, "
+        "for 500 at most; that many take half a minute on two cores at the end of the night",
     )
-    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    gpu: Gpu = "auto"
     workers: Count = Field(
-        "auto", description="processes that hold the network; auto: from the cluster's CPUs or GPUs"
+        "auto",
+        description="processes that run the network; auto: as many as fit the cluster's CPUs or "
+        "GPUs",
     )
-    batch_size: Count = Field("auto", description="images in one pass; auto: 32 on CPU, 256 on GPU")
+    batch_size: BatchSize = "auto"
     cpus_per_decode: float | Auto = Field(
         "auto",
-        description="share of a CPU that Ray sets aside for a task that decodes [CPUs]; auto: 0.25 "
-        "beside a network on CPUs, 1 where GPUs wait for photographs",
+        description="share of a CPU that Ray reserves for a task that decodes [CPUs]; auto: 0.25 "
+        "if the network runs on CPUs, 1 if GPUs wait for photographs",
     )
     keep_every: float = Field(
-        5.0, ge=0, description="finished rows are kept so often: what a kill can lose [s]"
+        5.0,
+        ge=0,
+        description="time between writes of finished rows: at most this much work is lost if the "
+        "job is killed [s]",
     )
-    lock_timeout: float = Field(
-        60.0,
-        ge=1,
-        description="a job on another machine that has shown no sign of life for so long is "
-        "dead, and its output is taken over [s]",
-    )
+    lock_timeout: LockTimeout = 60.0
+    note: Note = None
     ray: RaySettings = RaySettings()
 
     @field_validator("max_failed", mode="before")

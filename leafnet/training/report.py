@@ -221,6 +221,7 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
         "scores": scores,
         "weakest": min(scores["per_class"].items(), key=lambda entry: entry[1]["recall"]),
         "facts": facts,
+        "note": stored["settings"].get("note"),
         "alarms": _alarms(model, metrics, split),
         "curves": _curves(stored["history"], model["best_epoch"]),
         "history": stored["history"],

@@ -1,10 +1,39 @@
 """Settings of the job train."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from leafnet.core.settings import Auto, Count, DataSettings, RaySettings, Settings, Url, Workers
+from leafnet.core.settings import (
+    Auto,
+    BatchSize,
+    DataSettings,
+    Gpu,
+    LockTimeout,
+    Note,
+    Precision,
+    RaySettings,
+    Settings,
+    Shards,
+    Url,
+    Workers,
+)
+
+_Epochs = Annotated[int, Field(ge=1, description="passes over the training images [epochs]")]
+_GlobalBatch = Annotated[
+    int, Field(ge=1, description="global batch, divided among the workers [images]")
+]
+_Warmup = Annotated[float, Field(ge=0, description="linear warm-up to the peak [epochs]")]
+_WeightDecay = Annotated[float, Field(ge=0, description="decoupled weight decay of AdamW")]
+_Smoothing = Annotated[float, Field(ge=0, lt=1, description="share spread over all classes")]
+_Patience = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="stop if the validation loss has not improved for this many epochs [epochs]; "
+        "none: run all epochs",
+    ),
+]
 
 
 class HeadSettings(Settings):
@@ -12,32 +41,26 @@ class HeadSettings(Settings):
 
     units: tuple[int, ...] = Field(
         (512,),
-        description="widths of the hidden layers [units], such as 512 or 512,128; empty: none",
+        description="widths of the hidden layers [units], such as 512 or 512,128; none: no hidden "
+        "layer",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each hidden layer [share]")
-    epochs: int = Field(50, ge=1, description="passes over the training images [epochs]")
-    batch_size: int = Field(
-        32, ge=1, description="global batch, shared out among the workers [images]"
-    )
+    epochs: _Epochs = 50
+    batch_size: _GlobalBatch = 32
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
-    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up to the peak [epochs]")
-    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay of AdamW")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share spread over all classes")
+    warmup_epochs: _Warmup = 1.0
+    weight_decay: _WeightDecay = 1e-4
+    label_smoothing: _Smoothing = 0.1
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: every class counts the same in the loss"
+        "none", description="balanced: every class has the same weight in the loss"
     )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="stop when the validation loss has not improved for so long [epochs]; "
-        "none: run all epochs",
-    )
+    patience: _Patience = None
     search: int | None = Field(
         None,
         ge=1,
-        description="try so many settings of units, learning_rate, weight_decay, dropout and "
-        "label_smoothing, the first those given, and keep the one with the lowest validation loss "
-        "[trials]; none: those given",
+        description="number of combinations of units, learning_rate, weight_decay, dropout and "
+        "label_smoothing to try, beginning with the given one; the one with the lowest validation "
+        "loss is kept [trials]; none: no search",
     )
 
     @field_validator("units")
@@ -52,63 +75,64 @@ class FineTuneSettings(Settings):
     """How the last stages of the ResNet50 are trained with the head, after it was fitted."""
 
     blocks: int | Literal["all"] = Field(
-        0, description="stages trained, counted from the end, 0 to 4 or all; 0: do not fine-tune"
+        0,
+        description="number of stages to train, counted from the end, 0 to 4 or all; 0: do not "
+        "fine-tune",
     )
-    epochs: int = Field(40, ge=1, description="passes over the training images [epochs]")
-    batch_size: int = Field(
-        16, ge=1, description="global batch, shared out among the workers [images]"
-    )
+    epochs: _Epochs = 40
+    batch_size: _GlobalBatch = 16
     learning_rate: float = Field(
         3e-3,
         gt=0,
         description="peak rate of AdamW for the last stage and the head, relative to the scale of "
-        "what is trained",
+        "the weights",
     )
     layer_decay: float = Field(
-        0.7, gt=0, le=1, description="rate of each stage as a share of that of the one after it"
+        0.7,
+        gt=0,
+        le=1,
+        description="learning rate of each stage as a share of that of the next one",
     )
-    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up to the peak [epochs]")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of AdamW")
-    clip_norm: float = Field(
-        1.0, gt=0, description="largest norm of all gradients together; longer ones are scaled"
-    )
+    warmup_epochs: _Warmup = 1.0
+    weight_decay: _WeightDecay = 0.01
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
     ema: float = Field(
         0.98,
         ge=0,
         lt=1,
-        description="share that the average of the weights keeps of itself in a step; the average "
-        "is what is evaluated and published",
+        description="decay of the moving average of the weights, per step; the averaged weights "
+        "are evaluated and published",
     )
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share spread over all classes")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="stop when the validation loss has not improved for so long [epochs]; "
-        "none: run all epochs",
-    )
+    label_smoothing: _Smoothing = 0.1
+    patience: _Patience = None
     crop_size: int | Auto = Field(
         "auto",
-        description="views to train on are squares of this size, smaller ones faster [pixels]; "
-        "auto: image_size. Validation and the model look at image_size all the same",
+        description="size of the square views to train on; smaller ones are faster [pixels]; auto: "
+        "image_size. Validation and the published model use image_size in any case",
     )
     crop: float = Field(
         0.5, gt=0, le=1, description="smallest area of a random crop [share]; 1: no crops"
     )
     brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness [share]")
     colour: float = Field(
-        0.1, ge=0, lt=1, description="largest change of saturation, twice that of tint [share]"
+        0.1,
+        ge=0,
+        lt=1,
+        description="largest change of saturation, and twice the largest change of tint [share]",
     )
     mixup: float = Field(
-        0.0, ge=0, description="alpha of Mixup, pairs of images blended into each other; 0: off"
+        0.0, ge=0, description="alpha of Mixup, which blends pairs of images; 0: off"
     )
     cutmix: float = Field(
-        0.0, ge=0, description="alpha of CutMix, a box of one image put into another; 0: off"
+        0.0,
+        ge=0,
+        description="alpha of CutMix, which pastes a box of one image into another; 0: off",
     )
     local_gb: float = Field(
         20.0,
         ge=0,
-        description="decoded photographs kept on each node's disk [GB]; a larger data set is "
-        "decoded again in each epoch",
+        description="space for decoded photographs on each node's disk [GB]; a larger data set is "
+        "decoded again in every epoch",
     )
 
     @field_validator("blocks")
@@ -140,12 +164,12 @@ class CacheSettings(Settings):
     """Where computed features are kept."""
 
     url: Url | None = Field(
-        None, description="folder or URL shared by runs; none: `features` beside the runs"
+        None, description="folder or URL that several runs share; none: `features` beside the runs"
     )
     max_gb: float | None = Field(
         None,
         gt=0,
-        description="evict the least recently used features above this [GB]; none: never",
+        description="remove the least recently used features above this size [GB]; none: never",
     )
 
 
@@ -155,29 +179,32 @@ class CheckpointSettings(Settings):
     every_seconds: float = Field(
         10.0,
         ge=0,
-        description="when the last is this old, or older where more than a fiftieth of the time "
-        "would go into saving [s]; 0: at the end of every epoch",
+        description="time between checkpoints; longer if saving would take more than a fiftieth of "
+        "the time [s]; 0: at the end of every epoch",
     )
     every_steps: int | None = Field(
-        None, ge=1, description="also after so many steps [steps]; none: only by time"
+        None, ge=1, description="also save after this many steps [steps]; none: only by time"
     )
     keep: int = Field(
-        2, ge=1, description="newest ones kept; each holds the best head as well [checkpoints]"
+        2,
+        ge=1,
+        description="number of checkpoints to keep; each has the best head so far as well "
+        "[checkpoints]",
     )
 
 
 class MlflowSettings(Settings):
-    """What is told to an MLflow tracking server, and to which one."""
+    """Whether to log the run to MLflow, and to which server."""
 
     enabled: bool = Field(
         False,
-        description="log the run to MLflow; in YAML `mlflow: true` will do, and a tracking_uri "
-        "turns it on, too",
+        description="log the run to MLflow; in YAML `mlflow: true` is enough, and a tracking_uri "
+        "turns it on as well",
     )
     tracking_uri: str | None = Field(
         None,
-        description="tracking server, such as http://mlflow:5000, or sqlite:///FILE; none: that of "
-        "MLFLOW_TRACKING_URI. Credentials only in MLflow's own environment variables",
+        description="tracking server, such as http://mlflow:5000, or sqlite:///FILE; none: "
+        "MLFLOW_TRACKING_URI. Credentials belong in MLflow's own environment variables",
     )
     experiment: str = Field("leafnet", description="name of the experiment in MLflow")
 
@@ -194,85 +221,81 @@ class MlflowSettings(Settings):
 class TrainSettings(Settings):
     """Settings of jobs/train.py."""
 
-    shards: Url = Field(description="data set that jobs/prepare.py wrote")
+    shards: Shards
     out: Url = Field("runs", description="folder or URL of all runs")
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of this run, a folder below --out",
+        description="name of this run and of its folder in --out",
     )
     weights: str = Field(
         "imagenet",
-        description="of the ResNet50: imagenet, random, or path or URL of an .h5 or .weights.h5",
+        description="weights of the ResNet50: imagenet, random, or path or URL of an .h5 or "
+        ".weights.h5 file",
     )
     image_size: int = Field(
-        256, ge=32, le=1024, description="images are resized to a square [pixels]"
+        256, ge=32, le=1024, description="side of the square that images are resized to [pixels]"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the backbone; auto: bfloat16 where the processor or GPU has it"
-    )
+    precision: Precision = "auto"
     workers: Workers = Field(
         "auto",
-        description="Ray Train workers; auto: one for each GPU, or one on CPUs; 1..4: as many as "
-        "there is room for, a GPU or a machine's CPUs each, more or fewer as machines come and go",
+        description="number of Ray Train workers; auto: one for each GPU, or one on CPUs; 1..4: as "
+        "many as fit (a GPU, or all CPUs of a machine, for each), adjusted as machines come and go",
     )
     max_failures: int = Field(
         3,
         ge=0,
-        description="failures of workers in a row, without a new checkpoint in between, after "
-        "which the run still goes on [failures]",
+        description="number of successive failures of workers, without a new checkpoint in "
+        "between, that the run survives [failures]",
     )
     hang_timeout: float = Field(
         300.0,
         gt=0,
-        description="a worker that gets nowhere for so long is ended and replaced, but never "
-        "before the time that its start took [s]",
+        description="restart a worker that makes no progress for this long, or for as long as its "
+        "start took if that is longer [s]",
     )
-    gpu: bool | Auto = Field("auto", description="use GPUs; auto: when the cluster has some")
+    gpu: Gpu = "auto"
     features: Literal["cached", "online"] = Field(
         "cached",
-        description="cached: the frozen backbone runs once over each view; online: in every epoch",
+        description="cached: run the frozen backbone once over each view; online: in every epoch",
     )
     views: int = Field(
-        8, ge=1, le=256, description="views of each training image in the cache; the first is plain"
+        8,
+        ge=1,
+        le=256,
+        description="views of each training image in the cache; the first is not augmented",
     )
-    augment: bool = Field(
-        True, description="flip and rotate (up to 0.2 turn) the views after the first"
-    )
-    batch_size: Count = Field(
-        "auto", description="images in one pass of the backbone; auto: 32 on CPU, 256 on GPU"
-    )
+    augment: bool = Field(True, description="flip and rotate the other views (by up to 0.2 turns)")
+    batch_size: BatchSize = "auto"
     precision_target: float = Field(
         0.95,
         gt=0,
         le=1,
-        description="accuracy of the predictions that nobody has to review, on the validation "
-        "split: sets the model's threshold of confidence [share]",
+        description="accuracy on the validation split of the predictions that need no review: sets "
+        "the model's confidence threshold [share]",
     )
     int8: bool = Field(
         False,
-        description="quantize the published backbone for OpenVINO on CPUs, unless that costs more "
-        "than 0.5 points of validation accuracy",
+        description="quantize the published backbone for OpenVINO on CPUs, unless validation "
+        "accuracy falls by more than 0.5 points",
     )
     explain: bool = Field(
-        True, description="class activation maps in the gallery of the evaluation, some seconds"
+        True,
+        description="show class activation maps in the gallery of the evaluation; takes some "
+        "seconds",
     )
-    seed: int = Field(0, ge=0, description="seed of initial weights, order, views and dropout")
+    seed: int = Field(0, ge=0, description="seed of the initial weights, order, views and dropout")
     cross_validate: int | None = Field(
         None,
         ge=2,
-        description="also give the accuracy over so many folds of train and valid [folds]; "
+        description="also estimate the accuracy by cross-validation on train and valid [folds]; "
         "none: do not",
     )
+    note: Note = None
     dry_run: bool = Field(
         False,
-        description="check everything and print the plan, in seconds; train nothing, leave nothing",
+        description="check everything and print the plan, in seconds; train and write nothing",
     )
-    lock_timeout: float = Field(
-        60.0,
-        ge=1,
-        description="a job on another machine that has shown no sign of life for so long is "
-        "dead, and its output is taken over [s]",
-    )
+    lock_timeout: LockTimeout = 60.0
     head: HeadSettings = HeadSettings()
     fine_tune: FineTuneSettings = FineTuneSettings()
     data: DataSettings = DataSettings()

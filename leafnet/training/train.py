@@ -41,7 +41,7 @@ from leafnet.training.settings import TrainSettings, describe_stages
 # Settings that change where and how fast a run computes, and not what.
 _PLACEMENT = (
     *("out", "shards", "workers", "gpu", "batch_size", "dry_run", "lock_timeout", "explain"),
-    *("max_failures", "hang_timeout"),
+    *("max_failures", "hang_timeout", "note"),
     *("data.", "cache.", "checkpoint.", "mlflow.", "ray."),
 )
 

@@ -107,7 +107,7 @@ def test_mistakes_on_the_command_line(argv: list[str], reason: str, message: str
         ("haed:\n  epochs: 3\n", "unknown-setting", "haed in FILE; did you mean head?"),
         ("workers: 0\n", "bad-value", "--workers cannot be 0 in"),
         ("head: 3\n", "bad-value", "--head cannot be 3 in"),
-        ("- 1\n- 2\n", "bad-yaml", "must hold `setting: value` lines"),
+        ("- 1\n- 2\n", "bad-yaml", "must have lines `setting: value`"),
         ("a: [1\n", "bad-yaml", "is not valid YAML"),
     ],
 )
@@ -368,6 +368,7 @@ DEFAULTS: dict[type[Settings], str] = {
         explain: true
         seed: 0
         cross_validate: null
+        note: null
         dry_run: false
         lock_timeout: 60.0
         head:
@@ -435,6 +436,7 @@ DEFAULTS: dict[type[Settings], str] = {
         batch_size: auto
         cpus_per_decode: auto
         keep_every: 5.0
+        note: null
         lock_timeout: 60.0
         ray: {address: null, cpus: null, wait: 900.0}
     """,
@@ -757,7 +759,7 @@ def test_settings_that_exclude_each_other_are_told_with_their_file(tmp_path: Pat
 def test_what_is_missing_is_described() -> None:
     with pytest.raises(UserError) as caught:
         parse(["--shards", "a"])
-    assert str(caught.value) == "--name is required: name of this run, a folder below --out"
+    assert str(caught.value) == "--name is required: name of this run and of its folder in --out"
     assert caught.value.reason == "missing-setting"
 
 
@@ -798,18 +800,18 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(text.split())
     for line in (
         "--config FILE YAML file or URL with settings --",
-        "--verbose show what goes to the log on stderr as well --",
-        "--json write one JSON object a line to stdout, for machines --",
+        "--verbose also show on stderr what is written to the log --",
+        "--json write JSON lines to stdout, for machines --",
         "--registry TEXT folder or URL of models, history and champion (required)",
         "--candidate TEXT|none a published model, runs/NAME/model; required unless --rollback "
         "(default: none)",
-        "--margin FLOAT not worse: the 95 % interval of",
-        "--recall TEXT,… recall that it needs",
+        "--margin FLOAT the candidate is not worse if the 95 % interval of",
+        "--recall TEXT,… recall required of single classes",
         "late_blight=0.9,healthy=0.8 [share] (default: none)",
         "--tie keep|promote which",
-        "--resamples INT paired bootstrap of the interval [resamples] (default: 10000)",
-        "--rollback [BOOL] make the champion before this one champion again (default: false)",
-        "--batch_size INT|auto images in one pass",
+        "--resamples INT bootstrap samples for the interval [resamples] (default: 10000)",
+        "--rollback [BOOL] make the previous champion champion again (default: false)",
+        "--batch_size INT|auto images per pass",
         "--ray.cpus INT|none logical CPUs",
     ):
         assert line in shown

@@ -18,7 +18,10 @@ def test_the_demo_learns_its_drawn_leaves_and_settles_most_of_its_night(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     told = "The photographs are drawn and the weights of the ResNet50 are random"
-    assert done.stdout.count(told) == 2
+    # At the beginning, at the end and in the two commands; and on the pages.
+    assert done.stdout.count(told) == 4
+    for page in ("runs/demo/report.html", "predictions/_reports/latest.html"):
+        assert told in (tmp_path / page).read_text().partition("<nav")[0]
 
     metrics = json.loads((tmp_path / "runs/demo/metrics.json").read_text())
     assert metrics["test"]["examples"] >= 60

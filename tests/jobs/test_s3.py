@@ -39,15 +39,16 @@ HEAD = {"units": "16", "batch_size": 8, "epochs": 12}
 
 # One Ray for some jobs: each would start its own, which takes longer than the work.
 JOBS = """
-import json, runpy, sys
-from leafnet.core.settings import RaySettings
-from leafnet.distributed import session
+import json
 import runpy
 import sys
+from leafnet.core import terminal
+from leafnet.core.settings import RaySettings
+from leafnet.distributed import session
 with session.session(RaySettings(cpus=2)):
     for command in json.loads(sys.argv[1]):
-        job = runpy.run_path(f"{sys.argv[2]}/jobs/{command[0]}.py")
-        code = job["terminal"].run_job(job["main"], command[1:])
+        job = runpy.run_path(f"{sys.argv[2]}/jobs/{command[0]}.py")["job"]
+        code = terminal.run_job(job, command[1:])
         if code:
             sys.exit(code)
 """

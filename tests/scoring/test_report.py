@@ -236,6 +236,16 @@ def test_what_older_runs_do_not_have(tmp_path: Path) -> None:
     assert "median of the last night: 30" in written(tmp_path, "2026-11-24").text
 
 
+def test_the_note_of_a_night_is_at_the_top(tmp_path: Path) -> None:
+    run_id = stored.write_night(tmp_path, "2026-11-24", images="/in", names=names(3))
+    summary = tmp_path / "_runs" / f"{run_id}.json"
+    document = json.loads(summary.read_text())
+    document["settings"]["note"] = f"drawn {EVIL}"
+    summary.write_text(json.dumps(document))
+    page = written(tmp_path, "2026-11-24")
+    assert "drawn \"'><script>alert(1)" in page.text.split("no night to compare with")[0]
+
+
 def test_a_night_on_which_all_failed(tmp_path: Path) -> None:
     stored.write_night(tmp_path, "2026-11-24", images="/in", names=names(3), failed=3)
     page = written(tmp_path, "2026-11-24")

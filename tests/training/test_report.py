@@ -147,6 +147,18 @@ def test_random_weights_and_small_classes_are_told_first(run: Path) -> None:
     assert "healthy (4) and late_blight (1) have few photographs in the" in written(run).text
 
 
+def test_the_note_of_a_run_is_at_the_top(run: Path) -> None:
+    report.write(str(run))
+    assert not [tag for tag in written(run).all("p") if tag.get("class") == "remark"]
+    config = run / "config.yaml"
+    config.write_text(config.read_text() + "note: drawn <b>leaves</b>, not photographs\n")
+    report.write(str(run))
+    page = written(run)
+    assert "drawn <b>leaves</b>, not photographs" in page.text.split("accuracy on test")[0]
+    assert [tag for tag in page.all("p") if tag.get("class") == "remark"]
+    assert page.all("b") == []
+
+
 def test_a_run_that_is_not_finished(run: Path, tmp_path: Path) -> None:
     (run / "run.json").unlink()
     for folder in (run, tmp_path / "nowhere"):
