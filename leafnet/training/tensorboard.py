@@ -2,16 +2,18 @@
 
     tensorboard --logdir runs
 
-A folder for each split, so that the curves of train and valid share a chart. Each has one file,
-which grows with every epoch and is written anew where a run goes on: an epoch is in it once.
-Fine-tuning counts its epochs anew, and has tags of its own, `fine_tune/…`, in the same files.
+There is a folder for each split, so that the curves of train and valid share a chart. Each has one
+file, which grows with every epoch and is written anew when a run is continued, so that it has every
+epoch once. Fine-tuning counts its epochs from 1 again, with tags of its own (`fine_tune/…`).
 """
 
 import io
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,8 +24,8 @@ from leafnet.data.images import ImageError, decode
 from leafnet.data.shards import SPLITS, ShardIndex
 
 FOLDER = "tensorboard"
-# What an epoch's row of the history says, by split and tag; the step is the epoch.
-_SCALARS = {
+# By split and tag, the column of the history; the step is the epoch.
+_HEAD = {
     "train": {
         "loss": "train_loss",
         "accuracy": "train_accuracy",
@@ -32,41 +34,34 @@ _SCALARS = {
     "valid": {"loss": "valid_loss", "accuracy": "valid_accuracy"},
 }
 _TUNED = "fine_tune/"
-_SCALARS_TUNED = {
-    split: {_TUNED + tag: name for tag, name in tags.items()} for split, tags in _SCALARS.items()
+_FINE_TUNE = {
+    split: {_TUNED + tag: column for tag, column in tags.items()} for split, tags in _HEAD.items()
 }
-
-_SCALARS_TUNED["train"] |= {_TUNED + name: name for name in ("images_per_s", "waited")}
-
-_STAGES = (_SCALARS, _SCALARS_TUNED)
+_FINE_TUNE["train"] |= {_TUNED + column: column for column in ("images_per_s", "waited")}
+_STAGES = (_HEAD, _FINE_TUNE)
+_FINAL = len(_STAGES)  # the stage of the results, which come last
 _RESULTS = ("accuracy", "macro_f1", "log_loss", "ece")
 _MAX_CLASSES = 24  # more samples would bury the rest
 _SAMPLES, _SAMPLE_PX = 4, 160
 
 
 class EventLog:
-    """The event files of one run, from one start of it.
-
-    Local files are appended to; elsewhere a file is written whole after each epoch, a few
-    kilobytes.
-    """
+    """The event files of one run, from one start of it."""
 
     def __init__(self, run: str) -> None:
-        self._folder = storage.join(run, FOLDER)
-        self._files = {split: _File(storage.join(self._folder, split)) for split in SPLITS}
+        self._files = {split: _File(storage.join(run, FOLDER, split)) for split in SPLITS}
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Add a row of the head's history; rows of this epoch and later ones, if there are, go."""
+        """Add a row of the head's history, and drop this epoch and later ones if they are there."""
         self._add(0, row)
 
     def fine_tune_epoch(self, row: Mapping[str, float]) -> None:
-        """The same of fine-tuning, which comes after the head."""
+        """Add a row of the history of fine-tuning, which follows the head."""
         self._add(1, row)
 
     def _add(self, stage: int, row: Mapping[str, float]) -> None:
-        place = (stage, int(row["epoch"]))
-        for split, values in _values(stage, row).items():
-            self._files[split].add(place, _scalars(place[1], values))
+        for split in _STAGES[stage]:
+            self._files[split].add((stage, int(row["epoch"])), _row(stage, split, row))
 
     def results(
         self,
@@ -77,7 +72,7 @@ class EventLog:
         samples: Mapping[str, bytes],
         fine_tune: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        """Add what the run came to, and the epochs that a kill kept from the files.
+        """Add the results of the run, and the epochs that are missing because of a kill.
 
         Args:
             history: of the whole fit of the head.
@@ -87,40 +82,37 @@ class EventLog:
             fine_tune: history of the whole fine-tuning, if there was one.
         """
         last = int(history[-1]["epoch"])
-        known = {split: file.places() for split, file in self._files.items()}
-        for stage, rows in enumerate((history, fine_tune)):
-            for row in rows:
-                place = (stage, int(row["epoch"]))
-                for split, values in _values(stage, row).items():
-                    if place not in known[split]:
-                        self._files[split].put(place, _scalars(place[1], values))
-        for number, (split, of_split) in enumerate(scores.items()):
-            values = {f"final/{name}": of_split[name] for name in _RESULTS}
-            if len(of_split["per_class"]) <= _MAX_CLASSES:
-                for name, of_class in of_split["per_class"].items():
-                    values[f"final_f1/{name}"] = of_class["f1"]
-            events = _scalars(last, values)
-            if number == 0:
-                for tag, png in images.items():
-                    events += _image(last, tag, png)
-                for name, png in samples.items():
-                    events += _image(last, f"samples/{name}", png)
-            self._files[split].put((0, last), events, over=_SCALARS.get(split, {}))
-        for file in self._files.values():
-            file.write()
+        pictures = {**images, **{f"samples/{name}": png for name, png in samples.items()}}
+        for split, file in self._files.items():
+            events: dict[_Place, list[Any]] = {
+                (stage, int(row["epoch"])): _row(stage, split, row)
+                for stage, rows in enumerate((history, fine_tune))
+                for row in rows
+                if split in _STAGES[stage]
+            }
+            if split in scores:
+                found = events[_FINAL, last] = _scalars(last, _final(scores[split]))
+                if split == next(iter(scores)):
+                    found += [_image(last, tag, png) for tag, png in pictures.items()]
+            file.complete(events)
 
 
-def _values(stage: int, row: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What `row` says: split -> tag -> value."""
-    found = {
-        split: {tag: row[name] for tag, name in tags.items() if name in row}
-        for split, tags in _STAGES[stage].items()
-    }
-    return {split: values for split, values in found.items() if values}
+def _row(stage: int, split: str, row: Mapping[str, float]) -> list[Any]:
+    columns = _STAGES[stage][split]
+    return _scalars(
+        int(row["epoch"]), {tag: row[name] for tag, name in columns.items() if name in row}
+    )
+
+
+def _final(scores: Mapping[str, Any]) -> dict[str, float]:
+    values = {f"final/{name}": scores[name] for name in _RESULTS}
+    if len(scores["per_class"]) <= _MAX_CLASSES:
+        values |= {f"final_f1/{name}": one["f1"] for name, one in scores["per_class"].items()}
+    return values
 
 
 def sample_photographs(index: ShardIndex, split: str) -> dict[str, bytes]:
-    """A strip of the first photographs of each class in `split`, as PNG, from one row group."""
+    """Return a strip of the first photographs of each class, as PNG, from one row group."""
     table = next(shards.unchecked_groups(index, split, ["image", "label"]))
     tiles: dict[int, list[Image.Image]] = {}
     for data, label in zip(table["image"], table["label"].to_pylist(), strict=True):
@@ -146,140 +138,124 @@ def _strip(tiles: Sequence[Image.Image]) -> bytes:
     return sink.getvalue()
 
 
-# Where events stand in a file: (0 for the head or 1 for fine-tuning, epoch).
+# (stage, epoch)
 _Place = tuple[int, int]
 
 
 class _File:
-    """The events of one split: place -> its events, as they are on disk."""
+    """The event file of one split, by place. On a disk it is appended to, elsewhere replaced."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._url: str | None = None  # none: nothing written by this start
         self._events: dict[_Place, list[Any]] | None = None
-
-    def places(self) -> set[_Place]:
-        return set(self._load())
+        self._url = ""  # of this start, once it has written something
+        self._writer: Any = None
 
     def add(self, place: _Place, events: list[Any]) -> None:
-        """Put the events of the latest place, and write them."""
-        before = self._load()
-        goes_on = self._url is not None and (not before or place > max(before))
-        for later in [known for known in before if known >= place]:
-            del before[later]
-        before[place] = events
-        if goes_on and storage.is_local(self._folder):
-            assert self._url is not None
-            with open(self._url, "ab") as file:
-                file.write(b"".join(map(_record, events)))
-        elif goes_on:
-            self._store(str(self._url))
+        """Add the events of `place` in place of any at the same or later places."""
+        known = self._load()
+        self._events = {other: known[other] for other in known if other < place} | {place: events}
+        if self._writer and len(self._events) > len(known):
+            self._write(events)
+            self._upload()
         else:
-            self.write()
+            self._start()
 
-    def put(
-        self, place: _Place, events: list[Any], *, over: Mapping[str, str] | None = None
-    ) -> None:
-        """Put events to be written; of those of the same place only the tags `over` stay."""
-        before = self._load()
-        kept = [
-            event
-            for event in before.get(place, [])
-            if over and {value.tag for value in event.summary.value} <= set(over)
-        ]
-        before[place] = kept + events
+    def complete(self, events: Mapping[_Place, list[Any]]) -> None:
+        """Take `events`, of all places, but keep the epochs that are known with their times."""
+        known = {place: old for place, old in self._load().items() if place[0] < _FINAL}
+        self._events = {**events, **known}
+        if self._events:
+            self._start()
 
-    def write(self) -> None:
-        """Write all anew, under a name that TensorBoard takes for a later one."""
-        if not self._load():
-            return
+    def _start(self) -> None:
+        """Write everything to a new file, and delete the old ones."""
+        from tensorboardX.record_writer import RecordWriter
+
+        events = self._load()
         old = storage.list_names(self._folder)
-        # It reads on in the file with the highest name, and forgets what that says again.
+        # TensorBoard continues in the file with the highest name.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._url = storage.join(self._folder, name)
-        self._store(self._url)
-        for file in old:
-            if file != name:
-                storage.delete(storage.join(self._folder, file))
+        path = Path(self._url)
+        if not storage.is_local(self._folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="leafnet-")
+            path = Path(self._scratch.name) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._writer:
+            self._writer.close()
+        # Under another name until it is complete: a kill must not leave the newest file half done.
+        self._path, unfinished = path, path.with_name(f"{name}.tmp")
+        self._writer = RecordWriter(str(unfinished))
+        first = [_event(file_version="brain.Event:2"), _restart(min(epoch for _, epoch in events))]
+        self._write([*first, *(event for place in sorted(events) for event in events[place])])
+        unfinished.rename(path)
+        self._upload()
+        for other in old:
+            storage.delete(storage.join(self._folder, other))
 
-    def _store(self, url: str) -> None:
-        places = self._load()
-        events = [_opening(), _restart(min(epoch for _, epoch in places))]
-        events += [event for place in sorted(places) for event in places[place]]
-        storage.write_bytes(url, b"".join(map(_record, events)))
+    def _write(self, events: Sequence[Any]) -> None:
+        for event in events:
+            self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+    def _upload(self) -> None:
+        if not storage.is_local(self._folder):
+            storage.write_bytes(self._url, self._path.read_bytes())
 
     def _load(self) -> dict[_Place, list[Any]]:
-        """All events; those of earlier starts are read once."""
+        """Return all events; those of earlier starts are read once."""
         if self._events is None:
             self._events = {}
             names = [name for name in storage.list_names(self._folder) if not name.endswith(".tmp")]
-            # Each file has all of the one before it, which a kill may have left.
+            # Each file has everything of the one before, which a kill may have left behind.
             for name in names[-1:]:
                 for event in _read(storage.read_bytes(storage.join(self._folder, name))):
                     if event.HasField("summary"):
-                        stage = int(event.summary.value[0].tag.startswith(_TUNED))
-                        self._events.setdefault((stage, event.step), []).append(event)
+                        place = (_stage(event.summary.value[0].tag), event.step)
+                        self._events.setdefault(place, []).append(event)
         return self._events
 
 
-# Events, in the format of TensorFlow's record files. tensorboardX comes with Ray Tune; it is
-# imported late because it imports boto3.
+def _stage(tag: str) -> int:
+    if tag.startswith(_TUNED):
+        return 1
+    return 0 if any(tag in tags for tags in _HEAD.values()) else _FINAL
+
+
+# tensorboardX is imported late because it imports boto3.
+
+
+def _event(step: int = 0, **content: Any) -> Any:
+    from tensorboardX.proto import event_pb2
+
+    return event_pb2.Event(wall_time=time.time(), step=step, **content)
+
+
+def _summary(step: int, **value: Any) -> Any:
+    from tensorboardX.proto import summary_pb2
+
+    return _event(step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value)]))
 
 
 def _scalars(step: int, values: Mapping[str, float]) -> list[Any]:
-    from tensorboardX.proto import event_pb2, summary_pb2
-
-    now = time.time()
-    return [
-        event_pb2.Event(
-            wall_time=now,
-            step=step,
-            summary=summary_pb2.Summary(
-                value=[summary_pb2.Summary.Value(tag=tag, simple_value=value)]
-            ),
-        )
-        for tag, value in values.items()
-    ]
+    return [_summary(step, tag=tag, simple_value=value) for tag, value in values.items()]
 
 
-def _image(step: int, tag: str, png: bytes) -> list[Any]:
-    from tensorboardX.proto import event_pb2, summary_pb2
-
+def _image(step: int, tag: str, png: bytes) -> Any:
     with Image.open(io.BytesIO(png)) as picture:
         width, height = picture.size
-    image = summary_pb2.Summary.Image(
-        height=height, width=width, colorspace=4, encoded_image_string=png
-    )
-    value = summary_pb2.Summary.Value(tag=tag, image=image)
-    summary = summary_pb2.Summary(value=[value])
-    return [event_pb2.Event(wall_time=time.time(), step=step, summary=summary)]
-
-
-def _opening() -> Any:
-    from tensorboardX.proto import event_pb2
-
-    return event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+    image = {"height": height, "width": width, "colorspace": 4, "encoded_image_string": png}
+    return _summary(step, tag=tag, image=image)
 
 
 def _restart(step: int) -> Any:
-    """What makes a TensorBoard that is open forget all from `step` on."""
-    from tensorboardX.proto import event_pb2
-
-    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    return event_pb2.Event(wall_time=time.time(), step=step, session_log=log)
-
-
-def _record(event: Any) -> bytes:
-    from tensorboardX.record_writer import masked_crc32c
-
-    data: bytes = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    sums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-    return length + next(sums) + data + next(sums)
+    """Return the event that makes an open TensorBoard forget everything from `step` on."""
+    return _event(step, session_log={"status": "START"})
 
 
 def _read(data: bytes) -> Iterator[Any]:
-    """The events of a file; a last one that was cut off by a kill is left out."""
+    """Yield the events of a file, without a last one that a kill has cut off."""
     from tensorboardX.proto import event_pb2
 
     at = 0

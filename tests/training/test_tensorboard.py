@@ -131,6 +131,16 @@ def test_a_run_that_goes_on_has_every_epoch_once(tmp_path: Path) -> None:
         assert [step for step, _ in points(tmp_path, split, tag)] == [1, 2, 3, 4, 5]
 
 
+def test_a_new_file_that_a_kill_left_half_written_hides_nothing(tmp_path: Path) -> None:
+    EventLog(str(tmp_path)).epoch(row(1))
+    folder = tmp_path / "tensorboard" / "train"
+    (file,) = folder.iterdir()
+    (folder / "events.out.tfevents.9999999999.0.host.tmp").write_bytes(file.read_bytes()[:40])
+    EventLog(str(tmp_path)).epoch(row(2))
+    assert written(tmp_path, "train", "loss") == [1, 2]
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_workers_that_start_again_take_epochs_back(tmp_path: Path) -> None:
     log = EventLog(str(tmp_path))
     for epoch in (1, 2, 3, 2, 3, 4):
