@@ -15,7 +15,7 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.data import shards
 from leafnet.data.images import ImageError, Photo, decode
-from leafnet.data.isolated import Apart
+from leafnet.data.isolated import DecoderProcess
 from leafnet.scoring.rows import Pixels
 
 # Reasons that are of an S3 store as a whole: keys that expired, a server that is away.
@@ -74,8 +74,8 @@ def decode_photographs(
     if not careful:
         yield from _decode_all(decode, listed, image_size, batch_size, max_pixels)
         return
-    with Apart() as apart:
-        yield from _decode_all(apart.decode, listed, image_size, batch_size, max_pixels)
+    with DecoderProcess() as process:
+        yield from _decode_all(process.decode, listed, image_size, batch_size, max_pixels)
 
 
 def _decode_all(

@@ -13,7 +13,7 @@ import pytest
 from leafnet.core.errors import UserError
 from leafnet.data import isolated
 from leafnet.data.images import MAX_PIXELS, ImageError, decode, fingerprint
-from leafnet.data.isolated import Apart
+from leafnet.data.isolated import DecoderProcess
 from tests.conftest import leaf_jpeg, write_deadly_decoder
 
 
@@ -26,7 +26,7 @@ def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 def test_it_decodes_as_the_decoder_does() -> None:
     photograph = leaf_jpeg("healthy", seed=1, size=96)
-    with Apart() as other:
+    with DecoderProcess() as other:
         found = other.decode(photograph, 32, max_pixels=MAX_PIXELS)
         with pytest.raises(ImageError, match="not a picture") as caught:
             other.decode(b"text", 32, max_pixels=MAX_PIXELS)
@@ -46,7 +46,7 @@ def test_it_decodes_as_the_decoder_does() -> None:
 
 def test_what_kills_it_is_one_photograph(deadly: bytes) -> None:
     photograph = leaf_jpeg("healthy", seed=1)
-    with Apart() as other:
+    with DecoderProcess() as other:
         for data in (deadly, photograph, deadly, photograph):
             if data == photograph:
                 assert other.decode(data, 32, max_pixels=MAX_PIXELS).width == 64
@@ -62,7 +62,10 @@ def test_what_takes_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(isolated, "_LIMIT_S", 2.0)
     monkeypatch.syspath_prepend(str(tmp_path))
     slow = write_deadly_decoder(tmp_path, death="import time; time.sleep(1000)")
-    with Apart() as other, pytest.raises(ImageError, match="was not done with it after 2 s"):
+    with (
+        DecoderProcess() as other,
+        pytest.raises(ImageError, match="was not done with it after 2 s"),
+    ):
         other.decode(slow, 32, max_pixels=MAX_PIXELS)
 
 
@@ -72,7 +75,7 @@ def test_memory_that_a_photograph_may_not_take(
     monkeypatch.setattr(isolated, "_BASE_BYTES", 1_000_000_000)
     monkeypatch.syspath_prepend(str(tmp_path))
     hungry = write_deadly_decoder(tmp_path, death="bytearray(4_000_000_000)")
-    with Apart() as other, pytest.raises(ImageError, match="not enough memory") as caught:
+    with DecoderProcess() as other, pytest.raises(ImageError, match="not enough memory") as caught:
         other.decode(hungry, 32, max_pixels=1000)
     assert caught.value.reason == "too-large"
 

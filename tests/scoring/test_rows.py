@@ -581,5 +581,5 @@ def test_another_process_decodes_only_where_that_is_asked_for(
     def apart() -> None:
         raise AssertionError("started")
 
-    monkeypatch.setattr(reading, "Apart", apart)
+    monkeypatch.setattr(reading, "DecoderProcess", apart)
     assert len(decode(write_all(tmp_path, [jpeg()]))) == 1
