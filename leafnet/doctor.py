@@ -22,7 +22,6 @@ from leafnet.core.hardware import Machine
 from leafnet.core.settings import DoctorSettings
 from leafnet.core.terminal import say
 from leafnet.distributed import session
-from leafnet.models import openvino
 from leafnet.models.weights import imagenet_path, is_imagenet
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
@@ -210,8 +209,8 @@ def precision(here: Machine, *, gpus: Sequence[hardware.Gpu]) -> Check:
     if chosen == "float32":
         mend = "nothing is wrong; a processor with avx512_bf16 or amx_bf16 is twice as fast"
         return Check(WARNING, "precision", found, mend)
-    if not gpus and openvino.installed():
-        found += "; scoring takes OpenVINO, and int8 where the model carries it"
+    if not gpus:
+        found += "; the first job measures whether it is faster here, and which engine is"
     return Check(OK, "precision", found)
 
 

@@ -192,16 +192,18 @@ def choose_precision(wanted: str, *, compute_capability: tuple[int, int] | None)
         if compute_capability >= (8, 0):
             return "bfloat16", f"GPU of compute capability {shown} has it"
         return "float32", f"GPU of compute capability {shown} lacks bfloat16"
-    flags = _cpu_flags()
-    for flag in ("amx_bf16", "avx512_bf16"):
-        if flag in flags:
-            return "bfloat16", f"the processor has {flag}"
+    flag = bfloat16_instructions()
+    if flag:
+        return "bfloat16", f"the processor has {flag}"
     return "float32", "the processor lacks bfloat16 instructions"
 
 
-def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+def bfloat16_instructions() -> str:
+    """The processor's fastest instructions for bfloat16; "" where it would only imitate it."""
+    flags = _processor()[1]
+    return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), "")
+
+
+def processor() -> str:
+    """The name of the processor."""
+    return _processor()[0]

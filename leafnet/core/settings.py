@@ -101,11 +101,11 @@ Precision = Annotated[
 ]
 AnyPrecision = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],
-    Field(description="of the backbone; auto: the fastest that model and processor have"),
+    Field(description="of the backbone; auto: the fastest on this processor, measured once"),
 ]
 Engine = Annotated[
     Literal["auto", "tensorflow", "openvino"],
-    Field(description="library that runs the network; auto: the fastest that is installed"),
+    Field(description="library that runs the network; auto: the fastest here, measured once"),
 ]
 MaxMegapixels = Annotated[
     int, Field(ge=1, description="refuse larger photographs before decoding them [megapixels]")

@@ -195,29 +195,48 @@ def _is_local(settings: RaySettings) -> bool:
     return settings.address is None and "RAY_ADDRESS" not in os.environ
 
 
-def on_every_node(function: Callable[..., Any], *args: Any, gpu: bool = False) -> dict[str, Any]:
-    """What `function` of `args` gives on each node, by its name; with `gpu`, on those with GPUs.
+def on_every_node(
+    function: Callable[..., Any], *args: Any, gpu: bool = False, cpus: float = 0.0
+) -> dict[str, Any]:
+    """What `function` of `args` gives on each node, by its name; of those with so many `cpus`.
 
     A task without a CPU on each; on this process's node the function is called here, since a task
     would take a process to start.
+
+    Args:
+        function: to call.
+        args: of it.
+        gpu: only on nodes with GPUs.
+        cpus: only on nodes with at least as many [CPUs].
     """
-    task = ray.remote(num_cpus=0)(function)
     me = ray.get_runtime_context().get_node_id()
-    names: list[str] = []
-    found: list[Any] = []
+    found: dict[str, Any] = {}
     for node in _ray_nodes():
-        if not node["Alive"] or (gpu and not node["Resources"].get("GPU")):
+        has = node["Resources"]
+        if not node["Alive"] or (gpu and not has.get("GPU")) or has.get("CPU", 0.0) < cpus:
             continue
-        names.append(f"{node['NodeManagerHostname']} {node['NodeID'][:6]}")
-        if node["NodeID"] == me:
-            found.append(None)
-            continue
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            node["NodeID"], soft=False
-        )
-        found.append(task.options(scheduling_strategy=here).remote(*args))
-    values = [function(*args) if one is None else ray.get(one) for one in found]
-    return dict(zip(names, values, strict=True))
+        name = f"{node['NodeManagerHostname']} {node['NodeID'][:6]}"
+        here = node["NodeID"] == me
+        found[name] = None if here else on_node(name, function, *args)
+    return {
+        name: function(*args) if answer is None else ray.get(answer)
+        for name, answer in found.items()
+    }
+
+
+def on_node(
+    name: str, function: Callable[..., Any], *args: Any, cpus: float = 0.0
+) -> "ray.ObjectRef[Any]":
+    """`function` of `args` as a task on the node of this name, in a process of its own."""
+    (node,) = (node for node in _ray_nodes() if node["NodeID"].startswith(name.split()[-1]))
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    task = ray.remote(num_cpus=cpus, max_calls=1)(_call)
+    reference: ray.ObjectRef[Any] = task.options(scheduling_strategy=here).remote(function, *args)
+    return reference
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)  # Ray takes functions alone for tasks, and not what is like one
 
 
 def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:

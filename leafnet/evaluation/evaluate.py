@@ -22,7 +22,7 @@ from leafnet.data import shards
 from leafnet.data.groups import groups_of
 from leafnet.data.images import decode
 from leafnet.data.shards import SPLITS, ShardIndex, open_index
-from leafnet.distributed import resources, session
+from leafnet.distributed import fastest, resources, session
 from leafnet.distributed.resources import Machines
 from leafnet.evaluation import gallery, predict
 from leafnet.evaluation.document import (
@@ -43,6 +43,7 @@ from leafnet.metrics.scores import tally
 from leafnet.models import bundle, engine, openvino
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import Head
+from leafnet.models.rates import Way
 
 # Photographs that the probe of the background looks at when a run ends: one reading of a shard.
 _PROBED = 400
@@ -81,7 +82,7 @@ def run(settings: EvaluateSettings) -> None:
         pattern = compile_pattern(settings.slice_by, flag="--slice_by")
     # What cannot be run is told before a machine is taken.
     for each in filter(None, (model, other)):
-        _choose(settings, each, gpu=settings.gpu is True, best_float="float32")
+        _ways(settings, each, gpu=settings.gpu is True)
     terminal.keeps("nothing of the evaluation is kept")
     with _log(settings.out) as log, session.session(settings.ray) as found:
         nodes = session.with_gpus(found, settings.gpu, "auto", settings.ray, say)
@@ -118,13 +119,13 @@ def _run_on(
     pattern: re.Pattern[str] | None,
 ) -> dict[str, Any]:
     machines = resources.machines(nodes, settings.gpu)
-    made, choice = _predict(settings, model, index, splits, machines)
+    made, way = _predict(settings, model, index, splits, machines)
     document: dict[str, Any] = {
         "version": VERSION,
         "model": {"url": model.url, "model_id": model.model_id},
         "data": {"shards": index.root, "fingerprint": index.fingerprint},
-        "engine": choice.engine,
-        "precision": choice.precision,
+        "engine": way.engine,
+        "precision": way.precision,
         "splits": {},
     }
     theirs: Evaluated | None = None
@@ -174,40 +175,40 @@ def _predict(
     index: ShardIndex,
     splits: Sequence[str],
     machines: Machines,
-) -> tuple[Evaluated, engine.Choice]:
-    best_float, why = session.choose_precision("auto", gpu=machines.gpus > 0)
-    choice = _choose(settings, model, gpu=machines.gpus > 0, best_float=best_float)
-    if choice.precision != best_float:
-        why = choice.why
+) -> tuple[Evaluated, Way]:
     say(f"model     {model.url}   id {model.model_id}")
-    say(
-        f"device    {resources.device(machines.gpus)}, {choice.engine} in {choice.precision} "
-        f"({why})"
+    ways = _ways(settings, model, gpu=machines.gpus > 0)
+    *way, why = fastest.choose(
+        ways,
+        gpu=machines.gpus > 0,
+        weights=(model.convolutions, model.int8),
+        cpus=machines.cpus_per_actor,
+        **engine.measuring(ways, image_size=model.image_size, threads=machines.threads_per_actor),
     )
+    chosen = Way(*way)
+    device = resources.device(machines.gpus)
+    say(f"device    {device}, {chosen.engine} in {chosen.precision} ({why})")
     with terminal.progress("evaluate", sum(index.examples(split) for split in splits)) as advance:
         made = predict.predict(
             model,
             index,
             splits,
-            choice=choice,
+            way=chosen,
             views=settings.tta,
             batch_size=resources.batch_size(settings.batch_size, gpus=machines.gpus),
             machines=machines,
             advance=advance,
         )
-    return made, choice
+    return made, chosen
 
 
-def _choose(
-    settings: EvaluateSettings, model: Bundle, *, gpu: bool, best_float: str
-) -> engine.Choice:
-    return engine.choose(
+def _ways(settings: EvaluateSettings, model: Bundle, *, gpu: bool) -> list[Way]:
+    return engine.ways(
         engine=settings.engine,
         precision=settings.precision,
         gpu=gpu,
         has_int8=model.int8 is not None,
         installed=openvino.installed(),
-        best_float=best_float,
     )
 
 

@@ -26,6 +26,7 @@ from leafnet.metrics import background
 from leafnet.models import bundle, cam, engine, resnet, runtime, tta
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import Head, head_logits
+from leafnet.models.rates import Way
 from leafnet.models.weights import Array
 
 Convolutions = dict[str, tuple[Array, Array]]
@@ -180,7 +181,7 @@ def predict(
     index: ShardIndex,
     splits: Sequence[str],
     *,
-    choice: engine.Choice,
+    way: Way,
     views: int,
     batch_size: int,
     machines: Machines,
@@ -194,7 +195,7 @@ def predict(
         model: with the classes of `index`.
         index: of the data set.
         splits: to take.
-        choice: engine and precision.
+        way: engine and precision.
         views: of test-time augmentation, see `tta`.
         batch_size: images in one pass of the network.
         machines: what there is to run on.
@@ -211,7 +212,7 @@ def predict(
         wanted=None,
         image_size=model.image_size,
         actor=_Predictor,
-        actor_args=(ray.put(model), choice, views, batch_size, board.handle),
+        actor_args=(ray.put(model), way, views, batch_size, board.handle),
         machines=machines,
     )
     found: dict[tuple[str, int], Predictions] = {}
@@ -306,7 +307,7 @@ class _Predictor:
     def __init__(
         self,
         model: Any,
-        choice: engine.Choice,
+        way: Way,
         views: int,
         batch_size: int,
         board: Any,
@@ -316,8 +317,8 @@ class _Predictor:
         self._model: bundle.Bundle = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._engine = engine.open_engine(
             self._model,
-            engine=choice.engine,
-            precision=choice.precision,
+            engine=way.engine,
+            precision=way.precision,
             threads=threads,
             gpu=gpu,
             batch_size=batch_size,

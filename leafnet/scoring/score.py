@@ -25,10 +25,11 @@ from leafnet.core import lock, storage, terminal
 from leafnet.core.errors import EXIT_TOO_MANY_FAILED, UserError
 from leafnet.core.lock import Lock
 from leafnet.core.terminal import say
-from leafnet.distributed import resources, session
+from leafnet.distributed import fastest, resources, session
 from leafnet.models import bundle, openvino
 from leafnet.models.bundle import Bundle
-from leafnet.models.engine import Choice, choose
+from leafnet.models.engine import measuring, ways
+from leafnet.models.rates import Way, correct
 from leafnet.reporting import pages
 from leafnet.scoring import explain, ledger, listing, telemetry, thumbnails
 from leafnet.scoring import rows as scoring_rows
@@ -49,6 +50,7 @@ from leafnet.scoring.staging import (
 )
 
 _PART_ROWS = 50_000
+_TELLING = 200  # photographs whose rate says whether a measurement was right
 _STEADY_S = 5.0  # what came in less time says nothing of the speed
 Summary = dict[str, Any]
 
@@ -75,7 +77,7 @@ def run(settings: ScoreSettings) -> None:
         )
     model = bundle.load(settings.model)
     # What cannot be run is told before a machine is taken.
-    _choose(settings, model, gpu=settings.gpu is True, best_float="float32")
+    _ways(settings, model, gpu=settings.gpu is True)
     with lock.hold(settings.out, timeout_s=settings.lock_timeout) as held:
         summary = _night(settings, model, held)
     if summary is None:
@@ -202,18 +204,22 @@ def _score(
     with session.session(settings.ray) as found:
         nodes = session.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
         pool = make_pool(nodes, settings)
-        best_float, why = session.choose_precision("auto", gpu=pool.gpus > 0)
-        chosen_engine = _choose(settings, model, gpu=pool.gpus > 0, best_float=best_float)
-        if chosen_engine.precision != best_float:
-            why = chosen_engine.why
+        allowed = _ways(settings, model, gpu=pool.gpus > 0)
+        engine, precision, why = fastest.choose(
+            allowed,
+            gpu=pool.gpus > 0,
+            weights=(model.convolutions, model.int8),
+            cpus=pool.cpus_per_actor,
+            **measuring(allowed, image_size=model.image_size, threads=pool.threads_per_actor),
+        )
         batch_size = resources.batch_size(settings.batch_size, gpus=pool.gpus)
         job = Job(
             image_size=model.image_size,
             stack=batch_size * batches(batch_size, model.image_size, len(chosen), pool.actors),
             max_pixels=settings.max_megapixels * 1_000_000,
             batch_size=batch_size,
-            engine=chosen_engine.engine,
-            precision=chosen_engine.precision,
+            engine=engine,
+            precision=precision,
             model_id=model.model_id,
             run_id=staging.run_id,
             start=uuid.uuid4().hex[:16],
@@ -234,6 +240,13 @@ def _score(
             shared=len(nodes) == 1,
         )
         seconds["score"] = time.monotonic() - began - seconds["start"]
+        if not pool.gpus and len(chosen) >= _TELLING:
+            correct(
+                f"{engine} {precision}",
+                facts["images_per_second"]["network_by_a_worker"] * settings.tta,
+                image_size=model.image_size,
+                threads=pool.threads_per_actor,
+            )
     return facts | {"device": device, "workers": pool.actors, "batch_size": batch_size}
 
 
@@ -322,14 +335,13 @@ def _refuse_unshared(rows: pa.Table) -> None:
             )
 
 
-def _choose(settings: ScoreSettings, model: Bundle, *, gpu: bool, best_float: str) -> Choice:
-    return choose(
+def _ways(settings: ScoreSettings, model: Bundle, *, gpu: bool) -> list[Way]:
+    return ways(
         engine=settings.engine,
         precision=settings.precision,
         gpu=gpu,
         has_int8=model.int8 is not None,
         installed=openvino.installed(),
-        best_float=best_float,
     )
 
 

@@ -23,7 +23,7 @@ from leafnet.data import shards
 from leafnet.data.groups import groups_of
 from leafnet.data.images import decode
 from leafnet.data.shards import ShardIndex
-from leafnet.distributed import session
+from leafnet.distributed import fastest, session
 from leafnet.distributed.resources import Machines, Node
 from leafnet.evaluation import evaluate, gallery
 from leafnet.evaluation import predict as evaluation_predict
@@ -481,6 +481,8 @@ def without_a_network(monkeypatch: pytest.MonkeyPatch, other_model: str) -> None
     monkeypatch.setattr(evaluation_predict, "predict", predict)
     monkeypatch.setattr(session, "session", lambda _: contextlib.nullcontext([Node(2.0, 0.0)]))
     monkeypatch.setattr(session, "choose_precision", lambda *_, **__: ("float32", "the best"))
+    one = lambda *_, **__: ("tensorflow", "float32", "the fastest")  # noqa: E731
+    monkeypatch.setattr(fastest, "choose", one)
     monkeypatch.setattr(ray, "put", lambda value: value)
 
 

@@ -28,8 +28,9 @@ from leafnet.features import cache as features_cache
 from leafnet.features import extraction, moments
 from leafnet.features.cache import Plan, assemble, read_part
 from leafnet.features.views import draw_view
-from leafnet.models import bundle, engine, resnet
+from leafnet.models import bundle, resnet
 from leafnet.models.classifier import initial_head
+from leafnet.models.rates import Way
 from leafnet.models.weights import load_weights
 from leafnet.preparation import prepare, sources
 from leafnet.preparation.settings import PrepareSettings
@@ -88,7 +89,7 @@ def evaluate(model: str, index: ShardIndex) -> None:
         bundle.load(model),
         index,
         ["test"],
-        choice=engine.Choice("tensorflow", "float32", "given"),
+        way=Way("tensorflow", "float32"),
         views=1,
         batch_size=8,
         machines=MACHINES,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from leafnet.data.shards import ShardIndex
 from leafnet.distributed.resources import Machines
 from leafnet.metrics import novelty
 from leafnet.metrics.thresholds import Review
-from leafnet.models import bundle, engine, openvino
+from leafnet.models import bundle, engine, openvino, rates
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import head_logits, initial_head
+from leafnet.models.rates import Way
 from leafnet.models.weights import FEATURES, load_weights
 from leafnet.training import quantize, train
 from leafnet.training.settings import TrainSettings
@@ -125,7 +127,7 @@ def test_int8_is_close_and_goes_through_a_published_model(
         int8=with_int8.int8,
         int8_review=with_int8.int8_review,
     )
-    found = opened(bundle.load(str(tmp_path)), "auto", "auto")
+    found = opened(bundle.load(str(tmp_path)), "auto", "int8")
     assert (found.name, found.precision) == ("openvino", "int8")
     assert found.review == with_int8.int8_review
     assert 1e-4 < relative_error(found.features(pixels), expected) < 0.15
@@ -150,28 +152,33 @@ AUTO: dict[str, Any] = {
     "gpu": False,
     "has_int8": True,
     "installed": True,
-    "best_float": "bfloat16",
 }
+FLOATS = ("float32", "bfloat16")
+TENSORFLOW = [("tensorflow", precision) for precision in FLOATS]
+OPENVINO = [("openvino", precision) for precision in FLOATS]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ("openvino", "int8")),
-        ({"has_int8": False}, ("openvino", "bfloat16")),
-        ({"installed": False}, ("tensorflow", "bfloat16")),
-        ({"gpu": True}, ("tensorflow", "bfloat16")),
-        ({"engine": "tensorflow"}, ("tensorflow", "bfloat16")),
-        ({"engine": "tensorflow", "best_float": "float32"}, ("tensorflow", "float32")),
-        ({"precision": "float32"}, ("openvino", "float32")),
-        ({"precision": "int8"}, ("openvino", "int8")),
-        ({"engine": "openvino", "has_int8": False}, ("openvino", "bfloat16")),
+        ({}, [*TENSORFLOW, *OPENVINO, ("openvino", "int8")]),
+        ({"has_int8": False}, [*TENSORFLOW, *OPENVINO]),
+        ({"installed": False}, TENSORFLOW),
+        ({"gpu": True}, TENSORFLOW),
+        ({"engine": "tensorflow"}, TENSORFLOW),
+        ({"engine": "openvino"}, [*OPENVINO, ("openvino", "int8")]),
+        ({"engine": "openvino", "has_int8": False}, OPENVINO),
+        ({"precision": "float32"}, [("tensorflow", "float32"), ("openvino", "float32")]),
+        ({"precision": "bfloat16", "engine": "openvino"}, [("openvino", "bfloat16")]),
+        ({"precision": "float32", "gpu": True}, [("tensorflow", "float32")]),
+        ({"precision": "int8"}, [("openvino", "int8")]),
+        ({"precision": "int8", "engine": "openvino"}, [("openvino", "int8")]),
     ],
 )
-def test_choice(changes: dict[str, Any], expected: tuple[str, str]) -> None:
-    choice = engine.choose(**{**AUTO, **changes})
-    assert (choice.engine, choice.precision) == expected
-    assert choice.why
+def test_the_ways_that_are_allowed(
+    changes: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    assert engine.ways(**{**AUTO, **changes}) == expected
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_impossible_choices_say_what_to_do(
     changes: dict[str, Any], reason: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        engine.choose(**{**AUTO, **changes})
+        engine.ways(**{**AUTO, **changes})
     assert caught.value.reason == reason
 
 
@@ -271,29 +278,54 @@ def test_int8_that_cannot_be_checked_is_refused_at_once(
     assert caught.value.reason == "int8-unchecked"
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, ("openvino", "int8", "the model carries it")),
-        ({"engine": "openvino"}, ("openvino", "int8", "the model carries it")),
-        ({"precision": "int8", "engine": "openvino"}, ("openvino", "int8", "as set")),
-        ({"precision": "int8"}, ("openvino", "int8", "as set")),
-        ({"precision": "bfloat16"}, ("openvino", "bfloat16", "as set")),
-        ({"precision": "float32", "gpu": True}, ("tensorflow", "float32", "as set")),
-        ({"precision": "float32", "installed": False}, ("tensorflow", "float32", "as set")),
-        (
-            {"engine": "tensorflow", "precision": "bfloat16", "best_float": "float32"},
-            ("tensorflow", "bfloat16", "as set"),
-        ),
-        ({"gpu": True}, ("tensorflow", "bfloat16", "the best this machine has")),
-        (
-            {"has_int8": False, "best_float": "float32"},
-            ("openvino", "float32", "the best this machine has"),
-        ),
-    ],
-)
-def test_the_choice_and_why(changes: dict[str, Any], expected: tuple[str, str, str]) -> None:
-    assert engine.choose(**{**AUTO, **changes}) == expected
+def measured(way: Way, times: dict[Way, float]) -> Any:
+    """A backbone that takes so long [s] for a pass."""
+    return lambda pixels: time.sleep(times[way])
+
+
+def test_the_fastest_way_is_measured_once_and_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """bfloat16 is left out where the processor would imitate it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "bfloat16_instructions", lambda: "avx512_bf16")
+    allowed = engine.ways(**AUTO)
+    times = dict(zip(allowed, (0.03, 0.05, 0.02, 0.04, 0.01), strict=True))
+    opened: list[Way] = []
+
+    def forward(way: Way, *_: Any, **given: Any) -> Any:
+        assert given["threads"] == 2
+        opened.append(way)
+        return measured(way, times)
+
+    monkeypatch.setattr(engine, "_forward", forward)
+
+    def fastest(among: list[Any], image_size: int = 64) -> tuple[str, str]:
+        return engine.fastest(among, {}, None, image_size=image_size, threads=2)[0]
+
+    assert fastest(allowed) == ("openvino", "int8")
+    assert opened == allowed
+    # Kept: the same question, and one among fewer, costs nothing.
+    assert fastest(allowed[:4]) == ("openvino", "float32")
+    assert fastest(allowed[:2]) == ("tensorflow", "float32")
+    assert opened == allowed
+    # What was kept of another image size says nothing of this.
+    assert fastest(allowed[:2], 32) == ("tensorflow", "float32")
+    assert len(opened) == 7
+    # A wrong entry is corrected once it is forgotten.
+    times[allowed[1]] = 0.001
+    rates.forget(image_size=32, threads=2)
+    assert fastest(allowed[:2], 32) == ("tensorflow", "bfloat16")
+    monkeypatch.setattr(hardware, "bfloat16_instructions", lambda: "")
+    rates.forget(image_size=32, threads=2)
+    assert fastest(allowed[:2], 32) == ("tensorflow", "float32")
+    assert len(opened) == 9, "nothing to compare it with"
+
+
+def test_one_way_needs_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "measure", None)
+    only = [Way("openvino", "bfloat16")]
+    assert engine.fastest(only, {}, None, image_size=64, threads=2) == (only[0], "as set")
 
 
 def test_features_are_what_the_network_gives_for_the_pixels() -> None:
@@ -335,13 +367,16 @@ def test_thresholds_are_those_of_the_precision(
     model = Bundle(**made, review=reviews["of floats"], int8_review=reviews["of int8"])
     asked = []
     monkeypatch.setattr(openvino, "installed", lambda: True)
-    monkeypatch.setattr(hardware, "choose_precision", lambda *_, **__: ("float32", ""))
-    monkeypatch.setattr(engine, "_openvino", lambda *given: asked.append(given))
+    monkeypatch.setattr(hardware, "bfloat16_instructions", lambda: "")
+    kept = {"openvino float32": 3.0, "openvino bfloat16": 0.0}
+    monkeypatch.setattr(rates, "kept", lambda **_: ("", kept))
+    monkeypatch.setattr(engine, "_forward", lambda *given, **more: asked.append((*given, more)))
     found = engine.open_engine(
         model, engine="openvino", precision=precision, threads=3, gpu=False, batch_size=4
     )
     chosen = "float32" if precision == "auto" else precision
-    assert asked == [(model, chosen, 3)]
+    more = {"image_size": 48, "threads": 3, "gpu": False, "batch_size": 4}
+    assert asked == [(("openvino", chosen), {}, int8, more)]
     assert (found.name, found.precision, found.image_size) == ("openvino", chosen, 48)
-    assert found.why == ("the best this machine has" if precision == "auto" else "as set")
+    assert found.why == ("measured as the fastest here" if precision == "auto" else "as set")
     assert found.review == reviews[expected]

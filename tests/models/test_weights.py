@@ -348,29 +348,23 @@ def test_precision(wanted: str, capability: tuple[int, int] | None, expected: st
 def test_precision_of_a_processor(
     monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
 ) -> None:
-    monkeypatch.setattr(hardware, "_cpu_flags", lambda: frozenset(flags.split()))
+    monkeypatch.setattr(hardware, "_processor", lambda: ("", frozenset(flags.split())))
     precision, why = hardware.choose_precision("auto", compute_capability=None)
     assert precision == expected
     assert why
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("fpu avx512_bf16 avx2", {"fpu", "avx512_bf16", "avx2"}),
-        ("fpu", {"fpu"}),
-    ],
-)
-def test_a_processor_tells_its_flags(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: set[str]
+def test_a_processor_tells_its_name_and_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    told = tmp_path / "cpuinfo"
-    told.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: amx_bf16 no-flags\nflags: x\n")
-    monkeypatch.setattr(hardware, "Path", {"/proc/cpuinfo": told}.get)
-    assert hardware._cpu_flags() >= expected
-    assert not hardware._cpu_flags() & {"amx_bf16", "x"}
-    told.unlink()
-    assert hardware._cpu_flags() == frozenset()
+    stated = tmp_path / "cpuinfo"
+    stated.write_text(
+        "processor\t: 0\nmodel name\t: Any 9\nflags\t\t: fpu avx512_bf16\nbugs\t\t: amx_bf16\n"
+    )
+    monkeypatch.setattr(hardware, "Path", {"/proc/cpuinfo": stated}.get)
+    assert (hardware.processor(), hardware.bfloat16_instructions()) == ("Any 9", "avx512_bf16")
+    stated.unlink()
+    assert hardware.bfloat16_instructions() == ""
 
 
 def test_the_precision_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +372,7 @@ def test_the_precision_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("float32", compute_capability=(9, 0))[1] == "as set"
     assert "capability 8.6 has it" in choose("auto", compute_capability=(8, 6))[1]
     assert "capability 7.0 lacks bfloat16" in choose("auto", compute_capability=(7, 0))[1]
-    monkeypatch.setattr(hardware, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(hardware, "_processor", lambda: ("", frozenset({"avx512_bf16"})))
     assert choose("auto", compute_capability=None)[1] == "the processor has avx512_bf16"
 
 
