@@ -76,6 +76,7 @@ def test_the_margin_is_that_of_the_two_best() -> None:
         ([np.nan, 1, np.nan, 5, np.nan], 5, [1, 3, 2, 4, 0]),
         ([2, np.nan, 2, 2, 2], 4, [1, 0, 2, 3]),  # ties go to the earlier
         ([np.nan] * 5, 3, [1, 2, 4]),
+        ([np.nan, 3, np.nan, 0, np.nan], 4, [1, 3, 2, 4]),  # as novel as training is known to be so
         (None, 3, [1, 2, 4]),
     ],
 )
