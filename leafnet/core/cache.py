@@ -13,6 +13,7 @@ that were read least recently make room for others, and `max_gb` is never exceed
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,6 +46,8 @@ def read(cache: LocalCache | None, *, sha256: str, fetch: Callable[[], bytes]) -
     Returns:
         None when what `fetch` gave is something else; it is not kept.
     """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ValueError(f"{sha256!r} is no sha256, and would be the name of a file")
     if cache is None:
         return _right(fetch(), sha256)
     path = Path(cache.folder) / sha256

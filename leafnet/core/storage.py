@@ -261,7 +261,7 @@ def read_json(url: str) -> Any:
     data = read_bytes(url)
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets
         raise UserError("not-json", f"{url} is not valid JSON: {error}") from None
 
 

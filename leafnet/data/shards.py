@@ -12,13 +12,15 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import model_validator
 
 from leafnet.core import storage
 from leafnet.core.cache import LocalCache, read
+from leafnet.core.documents import ClassNames, Count, Document, FileName, Sha256, parse
 from leafnet.core.errors import UserError
 from leafnet.core.settings import DataSettings
 
@@ -26,6 +28,7 @@ SPLITS = ("train", "valid", "test")
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
+_REMEDY = "prepare the data set again with jobs/prepare.py"
 DUPLICATES_NAME = "duplicates.parquet"
 
 SCHEMA = pa.schema(
@@ -71,6 +74,28 @@ class ShardIndex:
     def examples(self, split: str) -> int:
         """How many examples `split` has."""
         return sum(shard.rows for shard in self.of_split(split))
+
+
+class _Shard(Document):
+    name: FileName
+    split: Literal["train", "valid", "test"]
+    rows: Count
+    row_groups: list[Count]
+    bytes: Count
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _rows_add_up(self) -> Self:
+        if sum(self.row_groups) != self.rows:
+            raise ValueError("rows are not the sum of row_groups")
+        return self
+
+
+class _Index(Document):
+    class_names: ClassNames
+    counts: dict[str, dict[str, Count]]
+    fingerprint: Sha256
+    shards: list[_Shard]
 
 
 def write_shard(root: str, name: str, table: pa.Table, *, row_group: int) -> Shard:
@@ -142,31 +167,21 @@ def read_index(root: str) -> ShardIndex:
         raise UserError(
             "no-data-set", f"{url} does not exist ({found} is there); write it with jobs/prepare.py"
         ) from None
-    version = document.get("version") if isinstance(document, dict) else None
-    if version != INDEX_VERSION:
-        raise UserError(
-            "other-version",
-            f"{url} has version {version}, this leafnet reads {INDEX_VERSION}; "
-            "prepare the data set again with jobs/prepare.py",
-        )
-    try:
-        shards = tuple(
-            Shard(**{**shard, "row_groups": tuple(shard["row_groups"])})
-            for shard in document["shards"]
-        )
-        index = ShardIndex(
-            root=root,
-            class_names=tuple(document["class_names"]),
-            shards=shards,
-            counts=document["counts"],
-            fingerprint=document["fingerprint"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError("bad-index", f"{url} is damaged ({error}); prepare it again") from None
+    stored = parse(
+        _Index, document, url=url, version=INDEX_VERSION, reason="bad-index", remedy=_REMEDY
+    )
+    index = ShardIndex(
+        root=root,
+        class_names=tuple(stored.class_names),
+        shards=tuple(
+            Shard(**shard.model_dump() | {"row_groups": tuple(shard.row_groups)})
+            for shard in stored.shards
+        ),
+        counts=stored.counts,
+        fingerprint=stored.fingerprint,
+    )
     if fingerprint(index.class_names, index.shards) != index.fingerprint:
-        raise UserError(
-            "bad-index", f"{url} was edited: its fingerprint does not match; prepare it again"
-        )
+        raise UserError("bad-index", f"{url} was edited: its fingerprint does not match; {_REMEDY}")
     return index
 
 

@@ -237,7 +237,7 @@ def _conclude(
         )
 
 
-def _action(verdict: Verdict, tie: str) -> str:
+def _action(verdict: Verdict, tie: str) -> registry.Action:
     """What a verdict leads to, with the setting for ties: `keep` or `promote`."""
     if verdict.outcome == "worse":
         return registry.REFUSED

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leafnet.core import storage
+from leafnet.core.documents import ClassNames, Document, FileName, Sha256, parse
 from leafnet.core.errors import UserError
 from leafnet.core.terminal import say
 from leafnet.data import shards
@@ -62,7 +63,7 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
     base = shards.read_index(settings.base) if settings.base else None
     if base is not None:
         shards.check_sizes(base)
-    classes = base.class_names if base else tuple(review["class_names"])
+    classes = base.class_names if base else tuple(review.class_names)
     taken = _taken(found.answers, storage.absolute(folder), review, classes)
     if not taken:
         raise UserError("no-answers", f"--answers {answers} has no label that can be taken")
@@ -92,7 +93,12 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
     _tell_origin(out, answers=storage.absolute(answers), base=base, count=len(taken))
 
 
-def _read_review(folder: str) -> dict[str, Any]:
+class _Review(Document):
+    class_names: ClassNames
+    photographs: dict[FileName, Sha256]
+
+
+def _read_review(folder: str) -> _Review:
     url = storage.join(folder, REVIEW)
     try:
         document = storage.read_json(url)
@@ -101,23 +107,25 @@ def _read_review(folder: str) -> dict[str, Any]:
             "no-review",
             f"{url} does not exist; name the folder that jobs/review.py wrote with --photographs",
         ) from None
-    version = document.get("version") if isinstance(document, dict) else None
-    if version != REVIEW_VERSION:
-        raise UserError(
-            "other-version", f"{url} has version {version}, this leafnet reads {REVIEW_VERSION}"
-        )
-    return dict(document)
+    return parse(
+        _Review,
+        document,
+        url=url,
+        version=REVIEW_VERSION,
+        reason="bad-review",
+        remedy="choose the photographs again with jobs/review.py",
+    )
 
 
 def _taken(
-    answers: tuple[Answer, ...], folder: str, review: dict[str, Any], classes: tuple[str, ...]
+    answers: tuple[Answer, ...], folder: str, review: _Review, classes: tuple[str, ...]
 ) -> list[_Labelled]:
     """The answers that can be taken; of all others it is told in a line each kind."""
     taken: dict[str, _Labelled] = {}
     refused: dict[str, list[str]] = {}
     for answer in answers:
         trouble = answer.trouble
-        if answer.key not in review["photographs"]:
+        if answer.key not in review.photographs:
             trouble = "no such photograph"
         elif answer.label is not None and answer.label not in classes:
             trouble = f"unknown class {answer.label!r}"
@@ -133,7 +141,7 @@ def _taken(
             refused.setdefault("the photograph is gone", []).append(answer.key)
             continue
         digest = storage.sha256(data)
-        if digest != review["photographs"][answer.key]:
+        if digest != review.photographs[answer.key]:
             refused.setdefault("the photograph was changed", []).append(answer.key)
             continue
         key = f"{posixpath.basename(folder)}/{answer.key}"

@@ -7,9 +7,7 @@ another takes its place. Loading rebuilds the network in leafnet's code; nothing
 no code travels with a model.
 """
 
-import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +25,11 @@ from leafnet.data.images import DECODER_VERSION, ImageError, decode
 from leafnet.metrics.novelty import Novelty
 from leafnet.metrics.scores import softmax
 from leafnet.metrics.thresholds import Review
-from leafnet.models import registry, resnet
+from leafnet.models import document as model_document
+from leafnet.models import hdf5, registry, resnet
 from leafnet.models.card import model_card
 from leafnet.models.classifier import Head, head_logits
+from leafnet.models.document import BUNDLE_VERSION, File, ModelDocument, model_id
 from leafnet.models.openvino import Int8
 from leafnet.models.runtime import forward
 from leafnet.models.weights import Array
@@ -37,8 +37,6 @@ from leafnet.models.weights import Array
 if TYPE_CHECKING:
     import keras
 
-
-BUNDLE_VERSION = 1
 
 _OURS = re.compile(r"model-[0-9a-f]{16}\.(weights\.h5|int8\.xml|int8\.bin)")
 
@@ -190,18 +188,16 @@ def save(
             "int8_weights": (int8.weights, ".int8.bin"),
         }
     described = {name: _described(data, suffix) for name, (data, suffix) in files.items()}
-    identity: list[Any] = [
-        described["weights"]["sha256"],
-        list(class_names),
-        image_size,
-        DECODER_VERSION,
-    ]
-    identity += [asdict(thresholds) for thresholds in (review, int8_review) if thresholds]
-    if int8 is not None:
-        identity += [described["int8_graph"]["sha256"], described["int8_weights"]["sha256"]]
+    reviews = [review, int8_review if int8 else None]
+    identity = model_id(
+        digests=[entry["sha256"] for entry in described.values()],
+        class_names=list(class_names),
+        image_size=image_size,
+        reviews=[thresholds for thresholds in reviews if thresholds],
+    )
     description = {
         "version": BUNDLE_VERSION,
-        "model_id": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "model_id": identity,
         "class_names": list(class_names),
         "image_size": image_size,
         "input": _INPUT,
@@ -210,7 +206,7 @@ def save(
         **provenance,
     }
     if review is not None:
-        description["review"] = asdict(review) | provenance.get("review", {})
+        description["review"] = provenance.get("review", {}) | asdict(review)
     if int8 is not None:
         told = provenance.get("int8", {})
         description["int8"] = told | {
@@ -218,7 +214,7 @@ def save(
             "weights": described["int8_weights"],
         }
         if int8_review is not None:
-            description["int8"]["review"] = asdict(int8_review) | told.get("review", {})
+            description["int8"]["review"] = told.get("review", {}) | asdict(int8_review)
     # 1. The data, under names of their own. 2. The card. 3. The pointer, which makes them the
     # model. 4. Data that no pointer names any more.
     for name, (data, _) in files.items():
@@ -258,53 +254,53 @@ def load(url: str) -> Bundle:
         raise UserError(
             "no-model", f"{pointer} does not exist; train a model with jobs/train.py"
         ) from None
-    version = description.get("version") if isinstance(description, dict) else None
-    if version != BUNDLE_VERSION:
-        raise UserError(
-            "other-version", f"{pointer} has version {version}, this leafnet reads {BUNDLE_VERSION}"
-        )
-    if description["decoder_version"] != DECODER_VERSION:
-        raise UserError(
-            "other-decoder",
-            f"{pointer} was trained with decoder {description['decoder_version']}, this leafnet "
-            f"has {DECODER_VERSION}: its pixels would differ; train again",
-        )
-    convolutions, head, novelty = _from_hdf5(_read_file(pointer, description["weights"]))
-    quantized = description.get("int8", {})
+    document = model_document.read(description, pointer)
+    convolutions, head, novelty = _arrays(pointer, document)
     int8 = None
-    if "graph" in quantized:
-        int8 = Int8(
-            _read_file(pointer, quantized["graph"]), _read_file(pointer, quantized["weights"])
-        )
+    if document.int8.graph and document.int8.weights:
+        graph, weights = document.int8.graph, document.int8.weights
+        int8 = Int8(_read_file(pointer, graph), _read_file(pointer, weights))
+    quantized = document.int8.review if int8 else None
     return Bundle(
         url=url,
-        model_id=description["model_id"],
-        class_names=tuple(description["class_names"]),
-        image_size=description["image_size"],
+        model_id=document.model_id,
+        class_names=tuple(document.class_names),
+        image_size=document.image_size,
         convolutions=convolutions,
         head=head,
         description=description,
         novelty=novelty,
-        review=_thresholds(description.get("review")),
+        review=document.review.review() if document.review else None,
         int8=int8,
-        int8_review=_thresholds(quantized.get("review")) if int8 else None,
+        int8_review=quantized.review() if quantized else None,
     )
 
 
-def _thresholds(document: dict[str, Any] | None) -> Review | None:
-    if document is None:
-        return None
-    return Review(document["confidence"], document["precision_target"], document["novelty"])
+def _arrays(
+    pointer: str, document: ModelDocument
+) -> tuple[dict[str, tuple[Array, Array]], Head, Novelty | None]:
+    try:
+        found = _from_hdf5(_read_file(pointer, document.weights))
+        widths = [kernel.shape for kernel, _ in found[1]]
+        if not widths or widths[-1][1:] != (len(document.class_names),):
+            raise ValueError(f"its head is for {widths[-1:]} and not for the classes")
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            "damaged-model", f"the weights of {pointer} are not those of a model: {error}"
+        ) from None
+    return found
 
 
-def _read_file(pointer: str, entry: dict[str, Any]) -> bytes:
+def _read_file(pointer: str, entry: File) -> bytes:
     """The file that `entry` of the description at `pointer` names, checked."""
-    place = storage.join(pointer.rsplit("/", 1)[0], entry["file"])
+    place = storage.join(pointer.rsplit("/", 1)[0], entry.file)
     try:
         data = storage.read_bytes(place)
     except FileNotFoundError:
         raise UserError("no-model", f"{pointer} names {place}, which is gone") from None
-    if storage.sha256(data) != entry["sha256"]:
+    if storage.sha256(data) != entry.sha256:
         raise UserError(
             "damaged-model", f"{place} is damaged: its sha256 is not that of model.json"
         )
@@ -334,16 +330,25 @@ def _to_hdf5(
 
 
 def _from_hdf5(data: bytes) -> tuple[dict[str, tuple[Array, Array]], Head, Novelty | None]:
+    limit = len(data)  # nothing is compressed
+
+    def pair(file: h5py.File, place: str) -> tuple[Array, Array]:
+        kernel, bias = (
+            hdf5.array(file, f"{place}/{name}", limit=limit) for name in ("kernel", "bias")
+        )
+        if kernel.shape[-1:] != bias.shape:
+            raise ValueError(f"{place} has a kernel {kernel.shape} and a bias {bias.shape}")
+        return kernel, bias
+
+    def names(file: h5py.File, place: str) -> list[str]:
+        return list(hdf5.item(file, place) or ())
+
     with h5py.File(io.BytesIO(data), "r") as file:
-        convolutions = {
-            name: (group["kernel"][()], group["bias"][()])
-            for name, group in file["backbone"].items()
-        }
-        head = [
-            (file[f"head/{i}/kernel"][()], file[f"head/{i}/bias"][()])
-            for i in range(len(file["head"]))
-        ]
+        convolutions = {name: pair(file, f"backbone/{name}") for name in names(file, "backbone")}
+        head = [pair(file, f"head/{i}") for i in range(len(names(file, "head")))]
         novelty = None
-        if "novelty" in file:
-            novelty = Novelty(**{name: array[()] for name, array in file["novelty"].items()})
+        if parts := names(file, "novelty"):
+            novelty = Novelty(
+                **{name: hdf5.array(file, f"novelty/{name}", limit=limit) for name in parts}
+            )
     return convolutions, head, novelty

@@ -10,40 +10,49 @@ the registry next can finish what was interrupted in between.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from leafnet.core import storage
+from leafnet.core.documents import Document, DocumentT, ModelId, Sha256, parse
 from leafnet.core.errors import EXIT_IN_USE, UserError
+from leafnet.models import document
 
 ALIAS = "champion"
 VERSION = 1
-PROMOTED, KEPT, REFUSED, ROLLED_BACK = "promoted", "kept", "refused", "rolled-back"
+Action = Literal["promoted", "kept", "refused", "rolled-back"]  # kept: a tie
+PROMOTED: Action = "promoted"
+KEPT: Action = "kept"
+REFUSED: Action = "refused"
+ROLLED_BACK: Action = "rolled-back"
 _CHANGES = (PROMOTED, ROLLED_BACK)
 
 
-@dataclass(frozen=True)
-class Champion:
+class Champion(Document):
     """What the alias says."""
 
-    model_id: str
-    digest: str  # sha256 of the copy's model.json, which has those of all its other files
+    model_id: ModelId
+    digest: Sha256  # of the copy's model.json, which has those of all its other files
     since: str  # UTC, ISO 8601
-    decision: int  # number of the history's entry that made it champion
+    decision: Annotated[int, Field(ge=1)]  # number of the history's entry that made it champion
 
 
-@dataclass(frozen=True)
-class Decision:
+class _Named(Document):
+    model_id: ModelId
+    digest: Sha256
+
+
+class Decision(Document):
     """An entry of the history."""
 
-    number: int
+    number: Annotated[int, Field(ge=1)]
     at: str  # UTC, ISO 8601
-    action: str  # PROMOTED, KEPT (a tie), REFUSED or ROLLED_BACK
-    candidate: str  # model id of what was tried; of a rollback, of what was left
-    before: str | None  # model id of the champion until then; None: there was none
-    champion: dict[str, str] | None  # model_id and digest of the new one; None: it did not change
+    action: Action
+    candidate: ModelId  # what was tried; of a rollback, what was left
+    before: ModelId | None  # the champion until then; None: there was none
+    champion: _Named | None  # the new one; None: it did not change
     comparison: dict[str, Any]  # why; {} of a rollback
 
 
@@ -94,15 +103,15 @@ def add(registry: str, source: str, description: dict[str, Any]) -> str:
         return storage.sha256(storage.read_bytes(pointer))
     except (FileNotFoundError, NotADirectoryError):
         pass
-    for entry in _files(description):
-        place = storage.join(source, entry["file"])
+    for entry in document.fields(description, storage.join(source, "model.json")).files:
+        place = storage.join(source, entry.file)
         try:
             data = storage.read_bytes(place)
         except FileNotFoundError:
             raise UserError("no-model", f"{place} is gone; was the model replaced?") from None
-        if storage.sha256(data) != entry["sha256"]:
+        if storage.sha256(data) != entry.sha256:
             raise UserError("damaged-model", f"{place} is damaged: its sha256 is another")
-        storage.write_bytes(storage.join(copy, entry["file"]), data)
+        storage.write_bytes(storage.join(copy, entry.file), data)
     card = storage.join(source, "MODEL_CARD.md")
     if storage.exists(card):
         storage.write_bytes(storage.join(copy, "MODEL_CARD.md"), storage.read_bytes(card))
@@ -138,7 +147,7 @@ def previous(registry: str) -> dict[str, str] | None:
     line: list[dict[str, str]] = []
     for decision in decisions(registry):
         if decision.action == PROMOTED and decision.champion:
-            line.append(decision.champion)
+            line.append(decision.champion.model_dump())
         elif decision.action == ROLLED_BACK:
             line = line[:-1]
     return line[-2] if len(line) > 1 else None
@@ -146,12 +155,12 @@ def previous(registry: str) -> dict[str, str] | None:
 
 def decisions(registry: str) -> list[Decision]:
     """The history, oldest first."""
-    return [_read_decision(url) for url in _history(registry)]
+    return [_read(Decision, url) for url in _history(registry)]
 
 
 def decide(
     registry: str,
-    action: str,
+    action: Action,
     *,
     candidate: str,
     champion: dict[str, str] | None,
@@ -179,10 +188,11 @@ def decide(
         action=action,
         candidate=candidate,
         before=before.model_id if before else None,
-        champion=champion,
+        champion=_Named(**champion) if champion else None,
         comparison=comparison,
     )
-    text = json.dumps({"version": VERSION} | asdict(decision), indent=2, allow_nan=False)
+    stored = {"version": VERSION} | decision.model_dump()
+    text = json.dumps(stored, indent=2, allow_nan=False)
     if not storage.create_bytes(_decision_url(registry, number), (text + "\n").encode()):
         raise UserError(
             "registry-changed",
@@ -197,42 +207,32 @@ def decide(
 def _write_alias(registry: str, decision: Decision) -> None:
     if decision.champion is None:
         raise ValueError(f"decision {decision.number} is {decision.action} and names no champion")
-    found = Champion(**decision.champion, since=decision.at, decision=decision.number)
+    named = decision.champion.model_dump()
+    found = Champion(**named, since=decision.at, decision=decision.number)
     by = _decision_url(registry, decision.number).rpartition("/")[2]
     storage.write_json(
         storage.join(registry, f"{ALIAS}.json"),
-        {"version": VERSION} | asdict(found) | {"by": f"history/{by}"},
+        {"version": VERSION} | found.model_dump() | {"by": f"history/{by}"},
     )
 
 
 def _read_alias(registry: str) -> Champion | None:
     url = storage.join(registry, f"{ALIAS}.json")
     try:
-        document = _document(url)
+        return _read(Champion, url)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        return Champion(**{name: document[name] for name in Champion.__dataclass_fields__})
-    except KeyError as error:
-        raise UserError("bad-registry", f"{url} is damaged: it has no {error}") from None
 
 
-def _read_decision(url: str) -> Decision:
-    document = _document(url)
-    try:
-        return Decision(**{name: document[name] for name in Decision.__dataclass_fields__})
-    except KeyError as error:
-        raise UserError("bad-registry", f"{url} is damaged: it has no {error}") from None
-
-
-def _document(url: str) -> dict[str, Any]:
-    document = storage.read_json(url)
-    version = document.get("version") if isinstance(document, dict) else None
-    if version != VERSION:
-        raise UserError(
-            "other-version", f"{url} has version {version}, this leafnet reads {VERSION}"
-        )
-    return dict(document)
+def _read(kind: type[DocumentT], url: str) -> DocumentT:
+    return parse(
+        kind,
+        storage.read_json(url),
+        url=url,
+        version=VERSION,
+        reason="bad-registry",
+        remedy="take it from a copy of the registry, or start another with --registry",
+    )
 
 
 def _history(registry: str) -> list[str]:
@@ -248,13 +248,3 @@ def _decision_url(registry: str, number: int) -> str:
 
 def _number(url: str) -> int:
     return int(url.rpartition("/")[2].removesuffix(".json"))
-
-
-def _files(document: Any) -> Iterator[dict[str, Any]]:
-    """Every entry of a model.json that names a file with its sha256, wherever it stands."""
-    if isinstance(document, dict):
-        if {"file", "sha256"} <= document.keys():
-            yield document
-        else:
-            for value in document.values():
-                yield from _files(value)

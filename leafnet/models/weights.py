@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.models import hdf5
 
 FEATURES = 2048
 # Residual blocks of each stage; the stem before them is stage 1.
@@ -154,32 +155,45 @@ def _read_hdf5(path: str, *, shown: str | None = None) -> dict[str, Array]:
         raise UserError(
             "bad-weights", f"--weights {shown} is not an HDF5 file that Keras wrote"
         ) from None
+    try:
+        with file:
+            return _raw(file, shown)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            "bad-weights", f"--weights {shown}: {error}; give a file with the weights itself"
+        ) from None
+
+
+def _raw(file: h5py.File, shown: str) -> dict[str, Array]:
+    inner = hdf5.item(file, "model_weights")
+    root = inner if isinstance(inner, h5py.Group) else file
+    keras_3 = "layers" in root.keys()  # noqa: SIM118
     raw: dict[str, Array] = {}
-    with file:
-        root = file.get("model_weights", file)
-        keras_3 = "layers" in root
-        for i, (conv, norm, shape) in enumerate(convolutions()):
-            suffix = f"_{i}" if i else ""
-            places = {
-                conv: (f"layers/conv2d{suffix}/vars", ("kernel", "bias")),
-                norm: (
-                    f"layers/batch_normalization{suffix}/vars",
-                    ("gamma", "beta", "moving_mean", "moving_variance"),
-                ),
-            }
-            for layer, (place, variables) in places.items():
-                for j, variable in enumerate(variables):
-                    expected = shape if variable == "kernel" else shape[3:]
-                    inside = f"{place}/{j}" if keras_3 else _keras_2_place(root, layer, variable)
-                    raw[f"{layer}/{variable}"] = _checked(root, inside, expected, layer, shown)
+    for i, (conv, norm, shape) in enumerate(convolutions()):
+        suffix = f"_{i}" if i else ""
+        places = {
+            conv: (f"layers/conv2d{suffix}/vars", ("kernel", "bias")),
+            norm: (
+                f"layers/batch_normalization{suffix}/vars",
+                ("gamma", "beta", "moving_mean", "moving_variance"),
+            ),
+        }
+        for layer, (place, variables) in places.items():
+            for j, variable in enumerate(variables):
+                expected = shape if variable == "kernel" else shape[3:]
+                inside = f"{place}/{j}" if keras_3 else _keras_2_place(root, layer, variable)
+                raw[f"{layer}/{variable}"] = _checked(root, inside, expected, layer, shown)
     return raw
 
 
 def _keras_2_place(root: "h5py.Group", layer: str, variable: str) -> str:
     """Where Keras's older HDF5 layout keeps a variable: its group lists the names."""
-    if layer not in root:
+    group = hdf5.item(root, layer)
+    if group is None:
         return f"{layer}/{variable}"
-    for name in root[layer].attrs.get("weight_names", ()):
+    for name in group.attrs.get("weight_names", ()):
         text = name.decode() if isinstance(name, bytes) else str(name)
         if text.rsplit("/", 1)[-1].split(":")[0] == variable:
             return f"{layer}/{text}"
@@ -189,7 +203,7 @@ def _keras_2_place(root: "h5py.Group", layer: str, variable: str) -> str:
 def _checked(
     root: "h5py.Group", place: str, expected: tuple[int, ...], layer: str, shown: str
 ) -> Array:
-    found = root.get(place, None)
+    found = hdf5.item(root, place)
     if not isinstance(found, h5py.Dataset) or found.shape != expected:
         has = "nothing" if found is None else f"shape {getattr(found, 'shape', 'of a group')}"
         raise UserError(

@@ -7,7 +7,7 @@ import pytest
 
 from leafnet.core import cache as core_cache
 from leafnet.core import storage
-from leafnet.core.cache import LocalCache, _make_room
+from leafnet.core.cache import LocalCache, _make_room, read
 from leafnet.core.errors import UserError
 from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
@@ -233,3 +233,13 @@ def test_a_copy_that_cannot_be_written_whole_leaves_nothing(
     assert store.read(cache, sha256) == b"one"
     assert all(path.name.startswith("lock") for path in tmp_path.iterdir())
     assert "disk full" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "", "a" * 63, "A" * 64, "a" * 64 + "\n"])
+def test_a_name_that_is_no_digest_touches_no_file(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    for folder in (LocalCache(str(tmp_path / "cache"), 1.0), None):
+        with pytest.raises(ValueError, match="is no sha256"):
+            read(folder, sha256=name, fetch=lambda: b"")
+    assert victim.read_text() == "mine"

@@ -341,3 +341,32 @@ def test_a_shard_of_one_photograph(tmp_path: Path) -> None:
     shard = shards.write_shard(str(tmp_path), "t.parquet", table("test", 1), row_group=3)
     assert (shard.split, shard.rows, shard.row_groups) == ("test", 1, (1,))
     assert shards.read_rows(str(tmp_path), shard, [0])["key"].to_pylist() == ["test/0.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"name": "../train-00000.parquet"}, r"shards\.0\.name: .* without a folder"),
+        ({"sha256": "../victim.txt"}, r"shards\.0\.sha256: String should match"),
+        ({"sha256": "A" * 64}, r"shards\.0\.sha256: String should match"),
+        ({"sha256": "a" * 64 + "\n"}, r"shards\.0\.sha256: String should match"),
+        ({"split": "secret"}, r"shards\.0\.split: Input should be 'train'"),
+        ({"rows": 8}, "rows are not the sum of row_groups"),
+        ({"bytes": -1}, r"shards\.0\.bytes: "),
+        ({"bytes": 1.5}, r"shards\.0\.bytes: "),
+    ],
+)
+def test_an_index_that_names_what_it_must_not_is_refused(
+    tmp_path: Path, change: dict[str, Any], found: str
+) -> None:
+    index = write(str(tmp_path))
+    path = tmp_path / "index.json"
+    document = json.loads(path.read_text())
+    document["shards"][0] |= change
+    forged = [dataclasses.replace(index.shards[0], **change), *index.shards[1:]]
+    document["fingerprint"] = shards.fingerprint(CLASS_NAMES, forged)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=found) as caught:
+        shards.read_index(str(tmp_path))
+    assert caught.value.reason == "bad-index"
+    assert "prepare the data set again with jobs/prepare.py" in str(caught.value)

@@ -258,3 +258,15 @@ def test_a_folder_of_somebody_beside_the_data_set_stays(folder: str, tmp_path: P
         answers.take_back(given, taken, str(tmp_path / "new"))
     assert thesis.read_bytes() == b"years"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("key", ["../../secret.jpg", "..", "a/b.jpg", "a\\b.jpg"])
+def test_a_review_names_files_in_its_own_folder(folder: str, key: str) -> None:
+    """Its document may come from somebody else, with the digest of a file of this machine."""
+    place = Path(folder) / "review.json"
+    document = json.loads(place.read_text())
+    document["photographs"][key] = storage.sha256(b"secret")
+    place.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="without a folder; choose the photographs again") as told:
+        answers._read_review(folder)
+    assert told.value.reason == "bad-review"

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from leafnet.data import synthetic
 from leafnet.data.images import DECODER_VERSION
 from leafnet.metrics import novelty
 from leafnet.metrics.thresholds import Review
-from leafnet.models import bundle, resnet, runtime, weights
+from leafnet.models import bundle, document, resnet, runtime, weights
 from leafnet.models.classifier import Head, initial_head
 from leafnet.models.openvino import Int8
 
@@ -160,7 +161,7 @@ def test_what_changes_a_row_changes_the_id(tmp_path: Path, changes: dict[str, An
 
 def test_another_decoder_changes_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = save(tmp_path / "a")
-    monkeypatch.setattr(bundle, "DECODER_VERSION", 99)
+    monkeypatch.setattr(document, "DECODER_VERSION", 99)
     assert first != save(tmp_path / "b")
 
 
@@ -266,6 +267,151 @@ def test_another_version_is_refused(tmp_path: Path, key: str, reason: str) -> No
     with pytest.raises(UserError, match="99") as caught:
         bundle.load(str(tmp_path))
     assert caught.value.reason == reason
+
+
+# What somebody else may have written
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "found"),
+    [
+        (("model_id",), "../../x", "model_id: String should match pattern"),
+        (("model_id",), "0123456789abcdef", "was edited: its classes, thresholds and files are"),
+        (("class_names",), CLASSES[::-1], "was edited"),
+        (("class_names",), ["a", "b", "a"], "class_names: Value error, must be different"),
+        (("class_names",), ["a", "b", "c\x1b[2J"], r"class_names\.2: .* no control characters"),
+        (("class_names",), [], "class_names: Value should have at least 1 item"),
+        (("image_size",), 64, "was edited"),
+        (("image_size",), "32", "image_size: Input should be a valid integer"),
+        (("image_size",), 10**9, "image_size: Input should be less than"),
+        (("review", "confidence"), 0.1, "was edited"),
+        (("review", "confidence"), float("nan"), "confidence: Input should be a finite number"),
+        (("review",), [], "review: "),
+        (("int8", "review", "novelty"), 1.0, "was edited"),
+        (("int8", "graph"), None, "names one of two int8 files"),
+        (("weights", "file"), "../../etc/passwd", r"weights\.file: .* without a folder"),
+        (("weights", "file"), "..", r"weights\.file: .* without a folder"),
+        (("weights", "sha256"), "../victim.txt", r"weights\.sha256: String should match"),
+        (("weights",), None, "weights: "),
+        (("weights", "bytes"), -1, r"weights\.bytes: Input should be greater"),
+    ],
+)
+def test_a_model_json_that_was_edited_is_refused(
+    tmp_path: Path, place: tuple[str, ...], value: Any, found: str
+) -> None:
+    save(tmp_path, review=REVIEW, int8=INT8, int8_review=REVIEW)
+    pointer = tmp_path / "model.json"
+    changed = json.loads(pointer.read_text())
+    *parents, last = place
+    inside = functools.reduce(lambda part, name: part[name], parents, changed)
+    inside[last] = value
+    pointer.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=found) as caught:
+        bundle.load(str(tmp_path))
+    assert caught.value.reason == "damaged-model"
+    assert "train again with jobs/train.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["model_id", "class_names", "image_size", "weights"])
+def test_a_model_json_without_a_field_is_refused(tmp_path: Path, missing: str) -> None:
+    save(tmp_path)
+    pointer = tmp_path / "model.json"
+    changed = json.loads(pointer.read_text())
+    del changed[missing]
+    pointer.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=f"{missing}: Field required") as caught:
+        bundle.load(str(tmp_path))
+    assert caught.value.reason == "damaged-model"
+
+
+def put_weights(root: Path, change: Callable[[h5py.File], None]) -> None:
+    """Change the weights of the model at `root`, and its model.json so that all fits."""
+    (path,) = root.glob("*.weights.h5")
+    with h5py.File(path, "r+") as file:
+        change(file)
+    pointer = root / "model.json"
+    told = json.loads(pointer.read_text())
+    told["weights"]["sha256"] = storage.sha256(path.read_bytes())
+    told["model_id"] = document.model_id(
+        digests=[told["weights"]["sha256"]],
+        class_names=told["class_names"],
+        image_size=told["image_size"],
+        reviews=[],
+    )
+    pointer.write_text(json.dumps(told))
+
+
+def test_weights_bring_nothing_in_from_other_files(tmp_path: Path) -> None:
+    """HDF5 can name any file of the machine that reads it."""
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["bias"] = np.zeros(4, np.float32)
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(16))
+
+    def external(file: h5py.File) -> None:
+        file.create_dataset("x", (4,), "f4", external=[(str(raw), 0, 16)])
+        file.move("x", "backbone/conv1_conv/bias")
+
+    def virtual(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout((4,), "f4")
+        layout[:] = h5py.VirtualSource(other, "bias", (4,))
+        file.create_virtual_dataset("backbone/conv1_conv/bias", layout)
+
+    def linked(file: h5py.File) -> None:
+        file["backbone/conv1_conv/bias"] = h5py.ExternalLink(other, "bias")
+
+    def soft(file: h5py.File) -> None:
+        file["elsewhere"] = np.zeros(4, np.float32)
+        file["backbone/conv1_conv/bias"] = h5py.SoftLink("/elsewhere")
+
+    def group(file: h5py.File) -> None:
+        del file["backbone"]
+        file["backbone"] = h5py.ExternalLink(other, "/")
+
+    for change in (external, virtual, linked, soft, group):
+        root = tmp_path / change.__name__
+        save(root)
+
+        def without_bias(file: h5py.File, change: Any = change) -> None:
+            del file["backbone/conv1_conv/bias"]
+            change(file)
+
+        put_weights(root, without_bias)
+        with pytest.raises(UserError, match=r"is a link|are in another file") as caught:
+            bundle.load(str(root))
+        assert caught.value.reason == "damaged-model"
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "found"),
+    [
+        ((1 << 40,), "f4", "bytes"),  # four terabytes of zeros in a file of a few kilobytes
+        ((4,), "i4", "is int32"),
+        ((5,), "f4", r"kernel \(3, 3, 3, 4\) and a bias \(5,\)"),
+        (None, "f4", "there is no array backbone/conv1_conv/bias"),
+    ],
+)
+def test_arrays_that_cannot_be_weights_are_refused_before_they_are_read(
+    tmp_path: Path, shape: tuple[int, ...] | None, kind: str, found: str
+) -> None:
+    def change(file: h5py.File) -> None:
+        del file["backbone/conv1_conv/bias"]
+        if shape:
+            file.create_dataset("backbone/conv1_conv/bias", shape, kind, chunks=(4,))
+
+    save(tmp_path)
+    put_weights(tmp_path, change)
+    with pytest.raises(UserError, match=found) as caught:
+        bundle.load(str(tmp_path))
+    assert caught.value.reason == "damaged-model"
+
+
+def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, head=initial_head((8,), 2, inputs=weights.FEATURES, seed=0))
+    with pytest.raises(UserError, match="not for the classes") as caught:
+        bundle.load(str(tmp_path))
+    assert caught.value.reason == "damaged-model"
 
 
 def test_no_model(tmp_path: Path) -> None:

@@ -39,15 +39,22 @@ def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     return make_bucket(f"registry-{uuid.uuid4().hex[:12]}") + "/models"
 
 
+A, B, C, D, E, F = (letter * 16 for letter in "abcdef")  # ids of models
+
+
 def model(folder: Path, model_id: str) -> tuple[str, dict[str, Any]]:
     """The URL and model.json of a folder that looks like a published model to the registry."""
     data = model_id.encode()
-    weights = {"file": f"{model_id}.weights.h5", "sha256": storage.sha256(data)}
-    int8 = {"file": f"{model_id}.int8.xml", "sha256": storage.sha256(data)}
-    description = {"model_id": model_id, "weights": weights, "int8": {"graph": int8}}
+    described = {"sha256": storage.sha256(data), "bytes": len(data)}
+    weights = {"file": f"{model_id}.weights.h5", **described}
+    int8 = {"file": f"{model_id}.int8.xml", **described}
+    description = {
+        **{"version": 1, "model_id": model_id, "class_names": ["rust"], "image_size": 32},
+        **{"decoder_version": 1, "weights": weights, "int8": {"graph": int8}},
+    }
     url = str(folder / model_id)
     for entry in (weights, int8):
-        storage.write_bytes(storage.join(url, entry["file"]), data)
+        storage.write_bytes(storage.join(url, str(entry["file"])), data)
     storage.write_json(storage.join(url, "model.json"), description)
     return url, description
 
@@ -66,7 +73,7 @@ def roll_back(root: str) -> str:
     models_registry.decide(
         root,
         ROLLED_BACK,
-        candidate="",
+        candidate=A,
         champion=previous(root),
         comparison={},
     )
@@ -75,9 +82,9 @@ def roll_back(root: str) -> str:
 
 def test_what_is_written_of_a_decision(tmp_path: Path) -> None:
     root, comparison = str(tmp_path / "registry"), {"gain": 0.25}
-    named = {"model_id": "a", "digest": add(root, *model(tmp_path, "a"))}
+    named = {"model_id": A, "digest": add(root, *model(tmp_path, A))}
     began = datetime.now(UTC).replace(microsecond=0)
-    models_registry.decide(root, PROMOTED, candidate="a", champion=named, comparison=comparison)
+    models_registry.decide(root, PROMOTED, candidate=A, champion=named, comparison=comparison)
     history = tmp_path / "registry/history"
     decided = json.loads((history / "00000001.json").read_text())
     at = datetime.fromisoformat(decided["at"])
@@ -85,37 +92,39 @@ def test_what_is_written_of_a_decision(tmp_path: Path) -> None:
     assert decided["at"] == at.strftime("%Y-%m-%dT%H:%M:%S+00:00")
     assert decided == {
         **{"version": 1, "number": 1, "at": decided["at"], "action": "promoted"},
-        **{"candidate": "a", "before": None, "champion": named, "comparison": {"gain": 0.25}},
+        **{"candidate": A, "before": None, "champion": named, "comparison": {"gain": 0.25}},
     }
-    copied = (tmp_path / "registry/models/a/model.json").read_bytes()
+    copied = (tmp_path / f"registry/models/{A}/model.json").read_bytes()
     assert json.loads((tmp_path / "registry/champion.json").read_text()) == {
-        **{"version": 1, "model_id": "a", "digest": hashlib.sha256(copied).hexdigest()},
+        **{"version": 1, "model_id": A, "digest": hashlib.sha256(copied).hexdigest()},
         **{"since": decided["at"], "decision": 1, "by": "history/00000001.json"},
     }
-    assert champion(root) == Champion("a", named["digest"], decided["at"], 1)
-    models_registry.decide(root, KEPT, candidate="b", champion=None, comparison={})
+    assert champion(root) == Champion(
+        model_id=A, digest=named["digest"], since=decided["at"], decision=1
+    )
+    models_registry.decide(root, KEPT, candidate=B, champion=None, comparison={})
     second = decisions(root)[1]
-    assert (second.number, second.action, second.before, second.champion) == (2, "kept", "a", None)
+    assert (second.number, second.action, second.before, second.champion) == (2, "kept", A, None)
     # A line for each value, for who reads it.
     assert '\n  "number": 2,\n' in (history / "00000002.json").read_text()
 
 
 def test_only_a_change_changes_the_alias(tmp_path: Path) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
+    promote(root, tmp_path, A)
     before = (tmp_path / "registry/champion.json").read_bytes()
     for action in (KEPT, REFUSED):
-        models_registry.decide(root, action, candidate="b", champion=None, comparison={})
+        models_registry.decide(root, action, candidate=B, champion=None, comparison={})
         settle(root)
         assert (tmp_path / "registry/champion.json").read_bytes() == before
     with pytest.raises(ValueError, match="decision 4 is promoted and names no champion"):
-        models_registry.decide(root, PROMOTED, candidate="b", champion=None, comparison={})
+        models_registry.decide(root, PROMOTED, candidate=B, champion=None, comparison={})
 
 
 def test_a_decision_that_is_no_json_is_not_written(tmp_path: Path) -> None:
     nan = {"gain": float("nan")}
     with pytest.raises(ValueError, match="JSON"):
-        models_registry.decide(str(tmp_path), KEPT, candidate="b", champion=None, comparison=nan)
+        models_registry.decide(str(tmp_path), KEPT, candidate=B, champion=None, comparison=nan)
     assert decisions(str(tmp_path)) == []
 
 
@@ -123,25 +132,25 @@ def test_who_comes_second_is_told_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
-    named = {"model_id": "b", "digest": add(root, *model(tmp_path, "b"))}
+    promote(root, tmp_path, A)
+    named = {"model_id": B, "digest": add(root, *model(tmp_path, B))}
     monkeypatch.setattr(models_registry, "_history", lambda registry: [])  # as it was listed before
     with pytest.raises(UserError, match="run the same command again") as caught:
-        models_registry.decide(root, PROMOTED, candidate="b", champion=named, comparison={})
+        models_registry.decide(root, PROMOTED, candidate=B, champion=named, comparison={})
     assert (caught.value.reason, caught.value.exit_code) == ("registry-changed", 3)
-    assert resolve(f"{root}/champion") == f"{root}/models/a"
+    assert resolve(f"{root}/champion") == f"{root}/models/{A}"
 
 
 def test_numbers_go_on_after_the_last(tmp_path: Path) -> None:
     """Whatever else lies beside the history, or was deleted from it."""
     root = str(tmp_path)
     for _ in range(2):
-        models_registry.decide(root, KEPT, candidate="b", champion=None, comparison={})
+        models_registry.decide(root, KEPT, candidate=B, champion=None, comparison={})
     (tmp_path / "history/00000001.json").rename(tmp_path / "history/00000009.json")
     for name in ("00000099.json.tmp", "notes.json", "zzz"):
         (tmp_path / "history" / name).write_text("{}")
     assert [decision.number for decision in decisions(root)] == [2, 1]
-    made = models_registry.decide(root, KEPT, candidate="b", champion=None, comparison={})
+    made = models_registry.decide(root, KEPT, candidate=B, champion=None, comparison={})
     assert made.number == 10
 
 
@@ -151,8 +160,8 @@ def test_settling_what_is_settled_writes_nothing(
     root = str(tmp_path / "registry")
     settle(root)
     assert champion(root) is None
-    promote(root, tmp_path, "a")
-    promote(root, tmp_path, "b")
+    promote(root, tmp_path, A)
+    promote(root, tmp_path, B)
     monkeypatch.setattr(storage, "write_json", None)
     settle(root)
     (tmp_path / "registry/history/00000002.json").unlink()  # the alias is of a later decision
@@ -161,8 +170,8 @@ def test_settling_what_is_settled_writes_nothing(
 
 def test_a_promotion_of_a_champion_that_is_not_named_is_not_gone_back_to(tmp_path: Path) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
-    promote(root, tmp_path, "b")
+    promote(root, tmp_path, A)
+    promote(root, tmp_path, B)
     path = tmp_path / "registry/history/00000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"champion": None}))
     assert previous(root) is None
@@ -170,21 +179,22 @@ def test_a_promotion_of_a_champion_that_is_not_named_is_not_gone_back_to(tmp_pat
 
 def test_only_the_alias_is_resolved(tmp_path: Path) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
+    promote(root, tmp_path, A)
     assert resolve(f"{root}/challenger") is None
-    assert resolve(f"{root}/models/a") is None
+    assert resolve(f"{root}/models/{A}") is None
 
 
 def test_a_copy_has_the_files_and_the_card(tmp_path: Path) -> None:
     root = str(tmp_path / "registry")
-    url, description = model(tmp_path, "a")
-    (tmp_path / "a/MODEL_CARD.md").write_text("a card")
-    (tmp_path / "a/notes.txt").write_text("notes")
-    description |= {"told": {"file": "notes.txt"}}  # a file without its sha256 is none of it
+    url, description = model(tmp_path, A)
+    (tmp_path / A / "MODEL_CARD.md").write_text("a card")
+    (tmp_path / A / "notes.txt").write_text("notes")
+    # Nothing that a reader of a model opens.
+    description |= {"told": {"file": "../notes.txt", "sha256": storage.sha256(b"notes")}}
     digest = add(root, url, description)
-    copy = tmp_path / "registry/models/a"
+    copy = tmp_path / f"registry/models/{A}"
     assert {path.name: path.read_text() for path in copy.iterdir() if path.suffix != ".json"} == {
-        **{"a.weights.h5": "a", "a.int8.xml": "a", "MODEL_CARD.md": "a card"},
+        **{f"{A}.weights.h5": A, f"{A}.int8.xml": A, "MODEL_CARD.md": "a card"},
     }
     assert json.loads((copy / "model.json").read_text()) == description
     assert hashlib.sha256((copy / "model.json").read_bytes()).hexdigest() == digest
@@ -196,14 +206,14 @@ def test_a_copy_has_the_files_and_the_card(tmp_path: Path) -> None:
         ("champion.json", "[]", "other-version", "has version None, this leafnet reads 1"),
         ("champion.json", '{"version": 2}', "other-version", "has version 2"),
         ("history/00000001.json", '{"version": 2}', "other-version", "has version 2"),
-        ("history/00000001.json", '{"version": 1}', "bad-registry", "has no 'number'"),
+        ("history/00000001.json", '{"version": 1}', "bad-registry", "number: Field required; take"),
     ],
 )
 def test_what_another_program_wrote_is_refused(
     tmp_path: Path, file: str, document: str, reason: str, message: str
 ) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
+    promote(root, tmp_path, A)
     (tmp_path / "registry" / file).write_text(document)
     with pytest.raises(UserError, match=message) as caught:
         settle(root)
@@ -213,31 +223,31 @@ def test_what_another_program_wrote_is_refused(
 def test_an_alias_and_its_history(root: str, tmp_path: Path) -> None:
     assert champion(root) is None
     assert resolve(f"{root}/champion") is None
-    assert promote(root, tmp_path, "a") == f"{root}/models/a"
+    assert promote(root, tmp_path, A) == f"{root}/models/{A}"
     assert previous(root) is None
-    assert promote(root, tmp_path, "b") == f"{root}/models/b"
-    models_registry.decide(root, REFUSED, candidate="x", champion=None, comparison={})
-    assert promote(root, tmp_path, "c") == f"{root}/models/c"
-    assert roll_back(root) == f"{root}/models/b"
-    assert promote(root, tmp_path, "d") == f"{root}/models/d"
-    assert roll_back(root) == f"{root}/models/b"
-    assert roll_back(root) == f"{root}/models/a"
+    assert promote(root, tmp_path, B) == f"{root}/models/{B}"
+    models_registry.decide(root, REFUSED, candidate=E, champion=None, comparison={})
+    assert promote(root, tmp_path, C) == f"{root}/models/{C}"
+    assert roll_back(root) == f"{root}/models/{B}"
+    assert promote(root, tmp_path, D) == f"{root}/models/{D}"
+    assert roll_back(root) == f"{root}/models/{B}"
+    assert roll_back(root) == f"{root}/models/{A}"
     assert previous(root) is None
-    assert resolve(f"{root}/champion.json") == f"{root}/models/a"
+    assert resolve(f"{root}/champion.json") == f"{root}/models/{A}"
     history = decisions(root)
     assert [(d.number, d.action, d.candidate, d.before) for d in history[:4]] == [
-        (1, "promoted", "a", None),
-        (2, "promoted", "b", "a"),
-        (3, "refused", "x", "b"),
-        (4, "promoted", "c", "b"),
+        (1, "promoted", A, None),
+        (2, "promoted", B, A),
+        (3, "refused", E, B),
+        (4, "promoted", C, B),
     ]
     alias = storage.read_json(f"{root}/champion.json")
-    assert (alias["model_id"], alias["by"]) == ("a", "history/00000008.json")
-    assert storage.read_bytes(f"{root}/models/d/d.int8.xml") == b"d"
+    assert (alias["model_id"], alias["by"]) == (A, "history/00000008.json")
+    assert storage.read_bytes(f"{root}/models/{D}/{D}.int8.xml") == D.encode()
 
 
 def test_one_of_many_decides(root: str, tmp_path: Path) -> None:
-    digests = {name: add(root, *model(tmp_path, name)) for name in "abcdef"}
+    digests = {name: add(root, *model(tmp_path, name)) for name in (A, B, C, D, E, F)}
 
     def decide(name: str) -> int | str:
         named = {"model_id": name, "digest": digests[name]}
@@ -259,12 +269,12 @@ def test_one_of_many_decides(root: str, tmp_path: Path) -> None:
 
 
 def test_a_job_killed_before_it_wrote_the_alias(root: str, tmp_path: Path) -> None:
-    promote(root, tmp_path, "a")
+    promote(root, tmp_path, A)
     before = storage.read_bytes(f"{root}/champion.json")
-    promote(root, tmp_path, "b")
+    promote(root, tmp_path, B)
     after = storage.read_bytes(f"{root}/champion.json")
     storage.write_bytes(f"{root}/champion.json", before)
-    assert resolve(f"{root}/champion") == f"{root}/models/a"
+    assert resolve(f"{root}/champion") == f"{root}/models/{A}"
     settle(root)
     assert storage.read_bytes(f"{root}/champion.json") == after
     storage.delete(f"{root}/champion.json")
@@ -273,23 +283,23 @@ def test_a_job_killed_before_it_wrote_the_alias(root: str, tmp_path: Path) -> No
 
 
 def test_a_copy_never_changes(root: str, tmp_path: Path) -> None:
-    url, description = model(tmp_path, "a")
+    url, description = model(tmp_path, A)
     digest = add(root, url, description)
     assert add(root, url, description | {"trained_at": "later"}) == digest
-    assert "trained_at" not in storage.read_json(f"{root}/models/a/model.json")
+    assert "trained_at" not in storage.read_json(f"{root}/models/{A}/model.json")
 
 
 @pytest.mark.parametrize(
     ("harm", "reason", "message"),
     [
-        ("models/a/model.json", "damaged-model", "models/a was changed"),
-        ("champion.json", "bad-registry", "is damaged: it has no 'model_id'"),
-        ("-models/a/model.json", "no-model", "names .*models/a, which is gone"),
+        (f"models/{A}/model.json", "damaged-model", f"models/{A} was changed"),
+        ("champion.json", "bad-registry", "model_id: Field required; take it from a copy"),
+        (f"-models/{A}/model.json", "no-model", f"names .*models/{A}, which is gone"),
     ],
 )
 def test_what_was_harmed_is_told(harm: str, reason: str, message: str, tmp_path: Path) -> None:
     root = str(tmp_path / "registry")
-    promote(root, tmp_path, "a")
+    promote(root, tmp_path, A)
     place = tmp_path / "registry" / harm.removeprefix("-")
     place.unlink() if harm.startswith("-") else place.write_text('{"version": 1}')
     with pytest.raises(UserError, match=message) as caught:
@@ -298,14 +308,14 @@ def test_what_was_harmed_is_told(harm: str, reason: str, message: str, tmp_path:
 
 
 def test_a_model_that_was_replaced_while_it_was_judged(tmp_path: Path) -> None:
-    url, description = model(tmp_path, "a")
+    url, description = model(tmp_path, A)
     description["weights"]["sha256"] = "0" * 64
     with pytest.raises(UserError, match="is damaged"):
         add(str(tmp_path / "registry"), url, description)
     Path(url, description["weights"]["file"]).unlink()
-    with pytest.raises(UserError, match=r"a.weights.h5 is gone"):
+    with pytest.raises(UserError, match=r"weights\.h5 is gone"):
         add(str(tmp_path / "registry"), url, description)
-    assert not (tmp_path / "registry/models/a/model.json").exists()
+    assert not (tmp_path / f"registry/models/{A}/model.json").exists()
 
 
 def test_a_bundle_is_loaded_by_its_alias(root: str, random_model: str, tmp_path: Path) -> None:

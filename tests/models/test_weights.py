@@ -256,6 +256,19 @@ def test_other_architecture_is_refused_by_layer(tmp_path: Path) -> None:
     assert caught.value.reason == "other-architecture"
 
 
+@pytest.mark.parametrize("layout", ["layers", "model_weights", "conv1_conv"])
+def test_weights_in_another_file_are_not_followed(tmp_path: Path, layout: str) -> None:
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["conv1_conv/kernel"] = np.zeros((7, 7, 3, 64), np.float32)
+    path = tmp_path / "w.h5"
+    with h5py.File(path, "w") as file:
+        file[layout] = h5py.ExternalLink(other, "/")
+    with pytest.raises(UserError, match=f"w.h5: {layout} of .* is a link; give a file") as caught:
+        load_weights(str(path))
+    assert caught.value.reason == "bad-weights"
+
+
 def test_no_such_weights() -> None:
     with pytest.raises(UserError, match=r"--weights none\.h5 does not exist"):
         load_weights("none.h5")
