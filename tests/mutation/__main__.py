@@ -41,6 +41,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "metrics.bootstrap": (),
     "evaluation.verdict": (),
     "metrics.drift": (),
+    "metrics.estimate": (),
+    "metrics.prevalence": (),
     "metrics.background": (),
     "metrics.mistakes": (),
     "metrics.slices": (),
