@@ -32,7 +32,7 @@ from leafnet.models.classifier import Head, head_logits
 from leafnet.models.document import BUNDLE_VERSION, File, ModelDocument, model_id
 from leafnet.models.openvino import Int8
 from leafnet.models.runtime import forward
-from leafnet.models.weights import Array
+from leafnet.models.weights import Array, Convolutions
 
 if TYPE_CHECKING:
     import keras
@@ -63,7 +63,7 @@ class Bundle:
     model_id: str
     class_names: tuple[str, ...]
     image_size: int  # S, pixels
-    convolutions: dict[str, tuple[Array, Array]]
+    convolutions: Convolutions
     head: Head  # on raw features
     description: dict[str, Any]  # model.json
     novelty: Novelty | None = None
@@ -156,7 +156,7 @@ class Bundle:
 def save(
     url: str,
     *,
-    convolutions: dict[str, tuple[Array, Array]],
+    convolutions: Convolutions,
     head: Head,
     class_names: Sequence[str],
     image_size: int,
@@ -278,7 +278,7 @@ def load(url: str) -> Bundle:
 
 def _arrays(
     pointer: str, document: ModelDocument
-) -> tuple[dict[str, tuple[Array, Array]], Head, Novelty | None]:
+) -> tuple[Convolutions, Head, Novelty | None]:
     try:
         found = _from_hdf5(_read_file(pointer, document.weights))
         widths = [kernel.shape for kernel, _ in found[1]]
@@ -313,9 +313,7 @@ def versions() -> dict[str, str]:
     return {package: metadata.version(package) for package in packages}
 
 
-def _to_hdf5(
-    convolutions: dict[str, tuple[Array, Array]], head: Head, novelty: Novelty | None
-) -> bytes:
+def _to_hdf5(convolutions: Convolutions, head: Head, novelty: Novelty | None) -> bytes:
     """The same bytes for the same numbers, so that a model trained again has the same id."""
     sink = io.BytesIO()
     # Not `track_order`: groups that keep one also keep the time at which they were made.
@@ -329,7 +327,7 @@ def _to_hdf5(
     return sink.getvalue()
 
 
-def _from_hdf5(data: bytes) -> tuple[dict[str, tuple[Array, Array]], Head, Novelty | None]:
+def _from_hdf5(data: bytes) -> tuple[Convolutions, Head, Novelty | None]:
     limit = len(data)  # nothing is compressed
 
     def pair(file: h5py.File, place: str) -> tuple[Array, Array]:

@@ -13,17 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from leafnet.data.images import Pixels
 from leafnet.models import resnet
 from leafnet.models.classifier import Head, head_logits
-
-Array = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
+from leafnet.models.weights import Array, Convolutions
 
 _STRENGTH = 0.65  # how much of the photograph the strongest place covers
 
 
 def explainer(
-    convolutions: dict[str, tuple[Array, Array]], head: Head, *, image_size: int, precision: str
+    convolutions: Convolutions, head: Head, *, image_size: int, precision: str
 ) -> Callable[[Pixels, NDArray[np.integer]], Array]:
     """A function from RGB [B, S, S, 3] uint8 and classes [B] to `class_maps` [B, h, w].
 

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leafnet.models import resnet
+from leafnet.models.weights import Array, Convolutions
 
 if TYPE_CHECKING:
     import keras
 
 
-Array = NDArray[np.float32]
 # One (kernel [in, out], bias [out]) for each Dense layer; all but the last are followed by relu.
 Head = list[tuple[Array, Array]]
 
@@ -53,13 +53,11 @@ def head_logits(head: Head, features: NDArray[np.floating]) -> Array:
     return np.asarray(x @ kernel + bias, np.float32)
 
 
-def build(
-    weights: dict[str, tuple[Array, Array]], head: Head, *, image_size: int, precision: str
-) -> "keras.Model":
+def build(weights: Convolutions, head: Head, *, image_size: int, precision: str) -> "keras.Model":
     """The classifier: RGB [B, image_size, image_size, 3] uint8 -> logits [B, C] float32.
 
     Args:
-        weights: folded, as `backbone.Weights.convolutions`.
+        weights: folded.
         head: for raw features, see `fold_standardisation`. It runs in float32.
         image_size: pixels.
         precision: of the backbone, `float32` or `bfloat16`.

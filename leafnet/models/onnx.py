@@ -1,8 +1,8 @@
 """Backbone, head and softmax as an ONNX graph; the only module that imports onnx.
 
-The graph is put together from the folded weights, operator by operator, as `openvino_graph` does
-it: in a second, with names that mean something, and without TensorFlow. Keras's own way goes
-through tf2onnx, which took 20 s for the same network and needs numpy patched.
+The graph is built from the folded weights, operator by operator: in a second, with names that mean
+something, and without TensorFlow. Keras's own way goes through tf2onnx, which took 20 s for the
+same network and needs a patched numpy.
 """
 
 import importlib.util
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leafnet.models import resnet
 from leafnet.models.classifier import Head
-from leafnet.models.weights import MEAN_BGR, Array
+from leafnet.models.weights import MEAN_BGR, Convolutions
 
 # Of ONNX 1.13, 2022: what runtimes on phones know, and reduce_mean with its axes as an attribute.
 _OPSET = 17
@@ -26,16 +27,16 @@ def installed() -> bool:
 
 
 def build(
-    convolutions: dict[str, tuple[Array, Array]],
+    convolutions: Convolutions,
     head: Head,
     *,
     image_size: int,
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The file: `image` RGB [N, S, S, 3] uint8 -> `probabilities` [N, C] float32, for any N.
+    """Build the file: `image` RGB [N, S, S, 3] uint8 -> `probabilities` [N, C] float32, for any N.
 
     Args:
-        convolutions: folded weights, as `backbone.Weights.convolutions`.
+        convolutions: folded weights.
         head: on raw features.
         image_size: S, pixels.
         metadata: kept in the file, for who opens it.
@@ -43,6 +44,7 @@ def build(
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    weights = resnet.for_rgb(convolutions)
     nodes, constants = [], []
 
     def constant(name: str, values: NDArray[np.floating]) -> str:
@@ -54,32 +56,29 @@ def build(
         nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
-    def convolve(x: str, name: str, *, stride: int = 1, pad: int = 0) -> str:
-        kernel, bias = convolutions[name]
-        if name == "conv1_conv":
-            kernel = kernel[:, :, ::-1]  # for RGB, what Keras's does on BGR
-        weights = constant(f"{name}/kernel", kernel.transpose(3, 2, 0, 1))
-        inputs = [x, weights, constant(f"{name}/bias", bias)]
+    def convolve(x: str, name: str, stride: int, pad: int) -> str:
+        kernel, bias = weights[name]
+        inputs = [
+            x,
+            constant(f"{name}/kernel", kernel.transpose(3, 2, 0, 1)),
+            constant(f"{name}/bias", bias),
+        ]
         return apply("Conv", inputs, name, strides=[stride] * 2, pads=[pad] * 4)
 
     def relu(x: str) -> str:
         return apply("Relu", [x], f"{x}/relu")
 
+    def max_pool(x: str) -> str:
+        # Padding is left out of the maximum, and Keras's zeros never win after a relu.
+        return apply("MaxPool", [x], "pool1", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+
+    def add(shortcut: str, y: str) -> str:
+        return apply("Add", [shortcut, y], y.replace("_3_conv", "_add"))
+
     x = apply("Cast", ["image"], "float", to=TensorProto.FLOAT)
     x = apply("Sub", [x, constant("mean_rgb", np.array(MEAN_BGR[::-1]))], "centred")
     x = apply("Transpose", [x], "channels_first", perm=[0, 3, 1, 2])
-    x = relu(convolve(x, "conv1_conv", stride=2, pad=3))
-    # Padding is left out of the maximum, and Keras's zeros never win after a relu.
-    x = apply("MaxPool", [x], "pool1", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-    for stage, blocks in enumerate((3, 4, 6, 3), start=2):
-        for block in range(1, blocks + 1):
-            name = f"conv{stage}_block{block}"
-            stride = 2 if block == 1 and stage > 2 else 1
-            shortcut = convolve(x, f"{name}_0_conv", stride=stride) if block == 1 else x
-            y = relu(convolve(x, f"{name}_1_conv", stride=stride))
-            y = relu(convolve(y, f"{name}_2_conv", pad=1))
-            y = convolve(y, f"{name}_3_conv")
-            x = relu(apply("Add", [shortcut, y], f"{name}_add"))
+    x = resnet.apply_stages(resnet.Operators(convolve, relu, max_pool, add), x)
     x = apply("ReduceMean", [x], "features", axes=[2, 3], keepdims=0)
     for i, (kernel, bias) in enumerate(head):
         name = "logits" if i == len(head) - 1 else f"hidden_{i}"

@@ -33,12 +33,14 @@ _IMAGENET_URL = (
 _IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"  # keras/src/applications/resnet.py
 
 Array = NDArray[np.float32]
+# Folded weights: convolution -> (kernel [h, w, in, out], bias [out]).
+Convolutions = dict[str, tuple[Array, Array]]
 
 
 class Weights(NamedTuple):
-    """Folded weights: convolution name -> (kernel [h, w, in, out], bias [out]), float32."""
+    """Folded weights and where they come from."""
 
-    convolutions: dict[str, tuple[Array, Array]]
+    convolutions: Convolutions
     fingerprint: str  # sha256 over the names and numbers before folding
     source: str
 
@@ -214,7 +216,7 @@ def _checked(
     return np.asarray(found[()], dtype=np.float32)
 
 
-def _fold(raw: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+def _fold(raw: dict[str, Array]) -> Convolutions:
     """Each BatchNorm, a fixed affine map, multiplied into the convolution before it.
 
     In float64 and rounded once: the folded network then differs from the stock one by the
@@ -242,7 +244,7 @@ def stage_of(convolution: str) -> int:
     return int(convolution[len("conv")])
 
 
-def fingerprint(weights: dict[str, tuple[Array, Array]]) -> str:
+def fingerprint(weights: Convolutions) -> str:
     """sha256 over the names and numbers of folded weights."""
     digest = hashlib.sha256()
     for name, arrays in sorted(weights.items()):
