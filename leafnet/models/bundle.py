@@ -276,9 +276,7 @@ def load(url: str) -> Bundle:
     )
 
 
-def _arrays(
-    pointer: str, document: ModelDocument
-) -> tuple[Convolutions, Head, Novelty | None]:
+def _arrays(pointer: str, document: ModelDocument) -> tuple[Convolutions, Head, Novelty | None]:
     try:
         found = _from_hdf5(_read_file(pointer, document.weights))
         widths = [kernel.shape for kernel, _ in found[1]]
