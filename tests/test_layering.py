@@ -47,7 +47,8 @@ MAY_IMPORT_RAY = {
     "training.head.trials",
     "training.head.worker",
     "training.quantize",
-    "training.train",
+    "training.run",
+    "training.stages",
 }
 # The one module that a new release of Ray may break.
 MAY_IMPORT_PRIVATE_RAY = {"distributed.ray_train"}

@@ -69,6 +69,11 @@ class Part(NamedTuple):
         return self.shard.row_groups[self.row_group]
 
     @property
+    def views(self) -> int:
+        """Views of all its examples together."""
+        return self.rows * (self.stop - self.first)
+
+    @property
     def name(self) -> str:
         """Path below the cache's key folder."""
         folder = self.shard.sha256[:16]

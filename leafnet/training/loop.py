@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,29 @@ def balanced_weights(labels: NDArray[np.int32], num_classes: int) -> NDArray[np.
     return (labels.size / (num_classes * np.maximum(counts, 1))).astype(np.float32)
 
 
-def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Whole global batches in an epoch; what remains is left out, other examples each epoch.
+class Steps(NamedTuple):
+    """The steps of a fit."""
 
-    Fewer examples than a batch make one smaller batch.
-    """
-    return max(1, examples // batch_size)
+    batch: int  # examples of a step, of all workers together
+    per_epoch: int
+    epochs: int
+
+    @classmethod
+    def of(cls, examples: int, batch_size: int, epochs: int) -> "Steps":
+        """Whole global batches; what remains of an epoch is left out, other examples each epoch.
+
+        Fewer examples than a batch make one smaller batch.
+
+        >>> Steps.of(90, 16, 2), Steps.of(9, 16, 2)
+        (Steps(batch=16, per_epoch=5, epochs=2), Steps(batch=9, per_epoch=1, epochs=2))
+        """
+        batch = min(batch_size, examples)
+        return cls(batch, examples // batch, epochs)
+
+    @property
+    def total(self) -> int:
+        """Of all epochs."""
+        return self.per_epoch * self.epochs
 
 
 class Clock:

@@ -36,7 +36,7 @@ from leafnet.preparation import prepare, sources
 from leafnet.preparation.settings import PrepareSettings
 from leafnet.scoring import score
 from leafnet.scoring.settings import ScoreSettings
-from leafnet.training import train as training_train
+from leafnet.training import stages
 from leafnet.training.head import fit, worker
 from leafnet.training.head.fit import TrainingData
 from leafnet.training.head.worker import HeadJob
@@ -265,7 +265,7 @@ def test_damaged_and_evicted_parts_are_computed_again(
         True,
     ]
 
-    head_job = training_train._head_job
+    head_job = stages._head_job
     evicted: list[str] = []
 
     def evict(*args: Any, **kwargs: Any) -> HeadJob:
@@ -274,7 +274,7 @@ def test_damaged_and_evicted_parts_are_computed_again(
             evicted.extend(features_cache.evict(cache, max_gb=1e-9, keep="another run's"))
         return head_job(*args, **kwargs)
 
-    monkeypatch.setattr(training_train, "_head_job", evict)
+    monkeypatch.setattr(stages, "_head_job", evict)
     assert train(index, tmp_path, "third") == first
     assert len(evicted) == 1
 

@@ -22,11 +22,10 @@ from leafnet.data.shards import ShardIndex
 from leafnet.distributed import session as distributed_session
 from leafnet.distributed.resources import Node
 from leafnet.features import cache as features_cache
-from leafnet.features.cache import Plan
 from leafnet.models import resnet, runtime
 from leafnet.models.weights import Weights, load_weights
-from leafnet.training import dry_run
-from leafnet.training.dry_run import Room
+from leafnet.training import dry_run, plan
+from leafnet.training.estimate import Room
 from leafnet.training.settings import TrainSettings
 
 GB = 10**9
@@ -95,10 +94,9 @@ def rehearse(
     capfd: pytest.CaptureFixture[str],
 ) -> tuple[dict[str, Any], str]:
     """(the plan, the text that was said)."""
-    run = storage.join(chosen.out, chosen.name)
 
     def job(_: Any) -> None:
-        dry_run.run(chosen, run, index, weights, views=chosen.views)
+        dry_run.run(plan.Plan(chosen, index, weights))
 
     code = terminal.run_job(job, ["--json"])
     events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -184,17 +182,17 @@ def test_what_is_computed_already_is_not_measured(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The memory is then that of a process that fits the head."""
+    """The memory is then that of a process that fits the head; online only plain views are kept."""
     real = features_cache.plan
 
-    def plan_of(*args: Any, **more: Any) -> Plan:
+    def plan_of(*args: Any, **more: Any) -> features_cache.Plan:
         found = real(*args, **more)
-        return Plan(found.root, found.parts, ())
+        return features_cache.Plan(found.root, found.parts, ())
 
     monkeypatch.setattr(features_cache, "plan", plan_of)
     chosen = settings(data_set, tmp_path, features="online")
     told, text = rehearse(chosen, data_set, weights, capfd)
-    assert (told["views"], told["cached"], told["batches"]) == (126, 126, 0)
+    assert (told["views"], told["cached"], told["batches"]) == (54, 54, 0)
     assert (told["views_per_second"], told["features_seconds"]) == (None, None)
     assert (told["cache_new"], told["memory"]) == (0, 600_000_000 + 500_000_000 + 900_000_000)
     assert "time      that of the start and the head; all features are there" in text
@@ -217,7 +215,7 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_it_is_tried(
 ) -> None:
     chosen = settings(data_set, tmp_path, fine_tune={"blocks": 1, "batch_size": 1})
     with pytest.raises(UserError, match="cannot be shared out among 2 workers"):
-        dry_run.run(chosen, "r", data_set, weights, views=3)
+        dry_run.run(plan.Plan(chosen, data_set, weights))
 
 
 def test_a_share_that_is_tried_is_even_for_pairs(
@@ -238,7 +236,7 @@ def test_a_share_that_is_tried_is_even_for_pairs(
     for batch in (15, 3):
         tuned = {"blocks": 2, "batch_size": batch}
         chosen = settings(data_set, tmp_path, fine_tune=tuned)
-        dry_run.run(chosen, str(tmp_path), data_set, weights, views=3)
+        dry_run.run(plan.Plan(chosen, data_set, weights))
     # Pixels, precision, threads, no GPU.
     assert tried == [(6, 16, (32, "float32", 2, False)), (2, 16, (32, "float32", 2, False))]
 

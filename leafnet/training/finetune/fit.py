@@ -37,10 +37,10 @@ from leafnet.training.loop import (
     Clock,
     Report,
     Saving,
+    Steps,
     balanced_weights,
     epoch_order,
     refuse_non_finite,
-    steps_per_epoch,
 )
 from leafnet.training.settings import FineTuneSettings
 
@@ -127,7 +127,7 @@ def fine_tune(
     examples, valid = data.train.labels.size, data.valid.labels.size
     batch = min(settings.batch_size, examples)
     check_batch(settings, examples=examples, workers=place.workers)
-    steps = steps_per_epoch(examples, batch)
+    steps = Steps.of(examples, batch, settings.epochs).per_epoch
     tuner = _Tuner(
         data,
         weights=weights,

@@ -28,10 +28,10 @@ from leafnet.training.loop import (
     Clock,
     Report,
     Saving,
+    Steps,
     balanced_weights,
     epoch_order,
     refuse_non_finite,
-    steps_per_epoch,
 )
 from leafnet.training.settings import HeadSettings
 
@@ -115,7 +115,7 @@ def fit_head(
     hooks = hooks or Hooks()
     examples = data.labels.size
     batch = min(settings.batch_size, examples)
-    steps = steps_per_epoch(examples, batch)
+    steps = Steps.of(examples, batch, settings.epochs).per_epoch
     if batch < place.workers:
         raise UserError(
             "batch-too-small",

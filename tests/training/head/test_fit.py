@@ -331,9 +331,9 @@ def test_views_are_drawn_equally_often() -> None:
 
 
 def test_steps_are_whole_batches_and_one_at_the_least() -> None:
-    assert loop.steps_per_epoch(90, 16) == 5
-    assert loop.steps_per_epoch(96, 16) == 6
-    assert loop.steps_per_epoch(9, 16) == 1
+    assert loop.Steps.of(90, 16, 4).per_epoch == 5
+    assert loop.Steps.of(96, 16, 4).per_epoch == 6
+    assert loop.Steps.of(9, 16, 4).per_epoch == 1
 
 
 def test_the_parts_of_two_workers_make_up_the_whole() -> None:

@@ -18,11 +18,11 @@ from leafnet.distributed.resources import Node
 from leafnet.distributed.worker import Place
 from leafnet.features.cache import Part, SplitFeatures, write_part
 from leafnet.models.weights import FEATURES
+from leafnet.training.check import check_search
 from leafnet.training.head import cross_validation, fit, search, trials, worker
 from leafnet.training.head.fit import TrainingData
 from leafnet.training.head.worker import HeadJob
 from leafnet.training.settings import HeadSettings, TrainSettings
-from leafnet.training.train import _check_search
 
 CLASSES = ("early_blight", "healthy", "late_blight")
 NODES = [Node(2, 0)]
@@ -263,4 +263,4 @@ def test_impossible_searches_are_refused(
         "data", ("a", "b"), made, {split: {"a": n, "b": n} for split, n in counts.items()}, ""
     )
     with pytest.raises(UserError, match=message):
-        _check_search(TrainSettings(shards="data", name="run", **settings), index)
+        check_search(TrainSettings(shards="data", name="run", **settings), index)

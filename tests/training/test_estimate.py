@@ -8,16 +8,15 @@ import pytest
 from leafnet.data.shards import Shard
 from leafnet.features import cache
 from leafnet.models.weights import FEATURES
-from leafnet.training import dry_run
+from leafnet.training import estimate
+from leafnet.training.loop import Steps
 
 SHARD = Shard("train-00000.parquet", "train", 70, (40, 30), 1, "a" * 64)
 
 
 def test_steps_and_batches(tmp_path: Path) -> None:
     cached = cache.plan(str(tmp_path), [(SHARD, 8)], seed=0)
-    work = dry_run.feature_work(
-        cached, batch_size=32, train_examples=70, global_batch=32, epochs=50
-    )
+    work = estimate.feature_work(cached, batch_size=32, steps=Steps.of(70, 32, 50))
     assert work.views == 70 * 8
     assert work.cached == 0
     # The plain view and the seven others of each row group: 40, 280, 30 and 210 views.
@@ -27,9 +26,7 @@ def test_steps_and_batches(tmp_path: Path) -> None:
 
 def test_fewer_examples_than_a_batch(tmp_path: Path) -> None:
     cached = cache.plan(str(tmp_path), [(SHARD, 1)], seed=0)
-    work = dry_run.feature_work(
-        cached, batch_size=256, train_examples=70, global_batch=512, epochs=3
-    )
+    work = estimate.feature_work(cached, batch_size=256, steps=Steps.of(70, 512, 3))
     assert (work.batches, work.steps, work.batch_size) == (2, 3, 70)
 
 
@@ -41,27 +38,22 @@ def test_bytes_are_those_of_the_files(tmp_path: Path) -> None:
         values = generator.normal(size=(part.rows, part.stop - part.first, FEATURES))
         cache.write_part(root, part, values.astype(np.float16), np.zeros(part.rows, np.int32))
     found = cache.plan(root, [(SHARD, 3)], seed=0)
-    assert (
-        dry_run.feature_work(
-            found, batch_size=1, train_examples=70, global_batch=1, epochs=1
-        ).batches
-        == 0
-    )
+    assert estimate.feature_work(found, batch_size=1, steps=Steps.of(70, 1, 1)).batches == 0
     size = sum(path.stat().st_size for path in (tmp_path / "key").rglob("*.parquet"))
-    assert abs(dry_run.cache_bytes(parts) - size) < 0.05 * size
+    assert abs(estimate.cache_bytes(parts) - size) < 0.05 * size
 
     mapped = tmp_path / "train.npy"
     cache.assemble(root, found.parts, 3, path=str(mapped))
-    told = dry_run.local_bytes({"train": 70, "valid": 0, "test": 0}, views=3)
+    told = estimate.local_bytes({"train": 70, "valid": 0, "test": 0}, views=3)
     assert abs(told - mapped.stat().st_size) < 0.01 * told
 
 
 def test_memory_is_that_of_the_hungrier_stage() -> None:
     common = {"workers": 1, "row_group": 256, "image_size": 256}
-    features_first = dry_run.node_memory(actors=1, actor_bytes=2_000_000_000, **common)
-    head_alone = dry_run.node_memory(actors=0, actor_bytes=0, **common)
+    features_first = estimate.node_memory(actors=1, actor_bytes=2_000_000_000, **common)
+    head_alone = estimate.node_memory(actors=0, actor_bytes=0, **common)
     assert features_first - head_alone > 1_000_000_000
-    assert dry_run.node_memory(actors=2, actor_bytes=2_000_000_000, **common) > features_first
+    assert estimate.node_memory(actors=2, actor_bytes=2_000_000_000, **common) > features_first
 
 
 def test_what_is_cached_is_not_computed_again(tmp_path: Path) -> None:
@@ -69,7 +61,7 @@ def test_what_is_cached_is_not_computed_again(tmp_path: Path) -> None:
     parts = cache.plan(str(tmp_path), [(SHARD, 3)], seed=0).missing
     plain, others, second, its_others = parts
     cached = cache.Plan(str(tmp_path), (plain, second, its_others), (others,))
-    work = dry_run.feature_work(cached, batch_size=7, train_examples=71, global_batch=8, epochs=5)
+    work = estimate.feature_work(cached, batch_size=7, steps=Steps.of(71, 8, 5))
     assert (work.views, work.cached) == (210, 40 + 90)
     assert work.batches == 12  # 80 views, 7 at a time
     assert (work.steps_per_epoch, work.steps, work.batch_size) == (8, 40, 8)
@@ -77,11 +69,11 @@ def test_what_is_cached_is_not_computed_again(tmp_path: Path) -> None:
 
 def test_bytes_of_a_view_are_2048_features_of_two_bytes_and_three_numbers(tmp_path: Path) -> None:
     parts = cache.plan(str(tmp_path), [(SHARD, 3)], seed=0).parts
-    assert dry_run.views(parts) == 210
-    assert dry_run.views(parts[:2]) == 120
+    assert estimate.views_of(parts) == 210
+    assert estimate.views_of(parts[:2]) == 120
     # Row, view and label are integers of four bytes.
-    several = dry_run.cache_bytes(parts) - dry_run.cache_bytes(parts[:2])
-    pages = dry_run.cache_bytes(parts) - 210 * (2 * 2048 + 3 * 4)
+    several = estimate.cache_bytes(parts) - estimate.cache_bytes(parts[:2])
+    pages = estimate.cache_bytes(parts) - 210 * (2 * 2048 + 3 * 4)
     assert several == 90 * (2 * 2048 + 3 * 4) + pages // 2
 
 
@@ -95,27 +87,27 @@ def test_pages_and_footers_are_those_of_files_of_the_usual_row_group(tmp_path: P
         cache.write_part(str(tmp_path), part, values.astype(np.float16), np.zeros(256, np.int32))
     bare = 3 * 256 * (2 * 2048 + 3 * 4)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.parquet"))
-    assert dry_run.cache_bytes(parts) - bare == pytest.approx(written - bare, rel=0.3)
+    assert estimate.cache_bytes(parts) - bare == pytest.approx(written - bare, rel=0.3)
 
 
 def test_arrays_of_a_node_have_all_views_of_train_and_one_of_the_others() -> None:
     """In float16, with a label of four bytes for each example."""
     examples = {"train": 10, "valid": 4, "test": 3}
-    assert dry_run.local_bytes(examples, views=5) == (50 + 4 + 3) * 2048 * 2 + 17 * 4
+    assert estimate.local_bytes(examples, views=5) == (50 + 4 + 3) * 2048 * 2 + 17 * 4
 
 
 def test_photographs_are_kept_where_a_split_of_them_fits() -> None:
     """Three bytes a pixel; the test split is not trained on."""
     examples = {"train": 5, "valid": 2, "test": 9}
     train, valid = 5 * 10 * 10 * 3, 2 * 10 * 10 * 3
-    assert dry_run.photograph_bytes(examples, 10, most=train) == train + valid
-    assert dry_run.photograph_bytes(examples, 10, most=train - 1) == valid
-    assert dry_run.photograph_bytes(examples, 10, most=valid - 1) == 0
+    assert estimate.photograph_bytes(examples, 10, most=train) == train + valid
+    assert estimate.photograph_bytes(examples, 10, most=train - 1) == valid
+    assert estimate.photograph_bytes(examples, 10, most=valid - 1) == 0
 
 
 def memory(**changes: int) -> int:
     known = {"actors": 0, "actor_bytes": 0, "workers": 1, "row_group": 256, "image_size": 100}
-    return dry_run.node_memory(**(known | changes))
+    return estimate.node_memory(**(known | changes))
 
 
 def test_a_node_that_fits_a_head_needs_two_gigabytes() -> None:
@@ -137,4 +129,4 @@ def test_a_node_with_actors_needs_their_bytes_and_four_decoded_row_groups_of_eac
 
 
 def test_seconds_are_shared_by_the_actors() -> None:
-    assert dry_run.extraction_seconds(600, 20.0, 3) == 10.0
+    assert estimate.extraction_seconds(600, 20.0, 3) == 10.0
