@@ -28,6 +28,14 @@ def groups_of(index: ShardIndex, keys: Sequence[str]) -> NDArray[np.int64] | Non
     return groups
 
 
+def groups_of_split(index: ShardIndex, split: str) -> NDArray[np.int64] | None:
+    """`groups_of` all examples of `split`, in the order of the index."""
+    if not (shards.prepared(index.root).get("settings") or {}).get("group"):
+        return None
+    tables = [shards.read_columns(index.root, one, ["key"]) for one in index.of_split(split)]
+    return groups_of(index, [key for table in tables for key in table["key"].to_pylist()])
+
+
 Ints = NDArray[np.int64]
 
 

@@ -11,7 +11,7 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.data.shards import SPLITS
 from leafnet.evaluation import gallery
-from leafnet.metrics import bootstrap, calibration, mistakes, slices
+from leafnet.metrics import calibration, intervals, mistakes, slices
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import softmax, tally
 
@@ -45,7 +45,7 @@ def describe(
         examples: N >= 1 of them.
         class_names: [C].
         pattern: see `slices.by_pattern`.
-        groups: [N], of examples that are not independent, see `bootstrap.intervals`.
+        groups: [N], of examples that are not independent, see `intervals.intervals`.
 
     Raises:
         UserError: `pattern` matches no key.
@@ -55,44 +55,77 @@ def describe(
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     correct = predicted == labels
     scores = metrics_scores.scores(tally(logits, labels.astype(np.int64)), class_names)
-    found = bootstrap.intervals(logits, labels, groups=groups)
+    found = intervals.intervals(logits, labels, groups=groups)
     suspects = mistakes.likely_wrong_labels(probabilities, labels)
     known = {*class_names, *SPLITS, "val"}
     try:
         columns = slices.columns_of(keys, *sizes.T, known=known, pattern=pattern)
     except ValueError as error:
         raise UserError("slice-matches-nothing", f"--slice_by {error}") from None
-    return scores | {
-        f"selective_accuracy_{100 * COVERAGE:.0f}": calibration.selective_accuracy(
-            confidence, correct, coverage=COVERAGE
-        ),
-        "ece_if_calibrated": calibration.ece_if_calibrated(confidence),
-        "intervals": {name: list(interval) for name, interval in found.items()},
-        "resampled_by_group": groups is not None,
-        "confused_pairs": mistakes.confused_pairs(np.array(scores["confusion"]), class_names),
-        "confident_errors": [
-            {
-                "key": keys[row],
-                "label": class_names[labels[row]],
-                "predicted": class_names[predicted[row]],
-                "confidence": float(confidence[row]),
-            }
-            for row in mistakes.confident_errors(probabilities, labels)[:_LISTED]
-        ],
-        "likely_wrong_labels": {
-            "examples": len(suspects.rows),
-            "first": [
+    return (
+        scores
+        | grouped(scores, correct, labels, groups)
+        | {
+            f"selective_accuracy_{100 * COVERAGE:.0f}": calibration.selective_accuracy(
+                confidence, correct, coverage=COVERAGE
+            ),
+            "ece_if_calibrated": calibration.ece_if_calibrated(confidence),
+            "intervals": {name: list(interval) for name, interval in found.items()},
+            "resampled_by_group": groups is not None,
+            "groups": None if groups is None else len(np.unique(groups)),
+            "confused_pairs": mistakes.confused_pairs(np.array(scores["confusion"]), class_names),
+            "confident_errors": [
                 {
                     "key": keys[row],
                     "label": class_names[labels[row]],
-                    "suggested": class_names[suggested],
-                    "self_confidence": float(self_confidence),
+                    "predicted": class_names[predicted[row]],
+                    "confidence": float(confidence[row]),
                 }
-                for row, suggested, self_confidence in zip(*suspects, strict=True)
-            ][:_LISTED],
-        },
-        "slices": {name: slices.accuracies(column, correct) for name, column in columns.items()},
-    }
+                for row in mistakes.confident_errors(probabilities, labels)[:_LISTED]
+            ],
+            "likely_wrong_labels": {
+                "examples": len(suspects.rows),
+                "first": [
+                    {
+                        "key": keys[row],
+                        "label": class_names[labels[row]],
+                        "suggested": class_names[suggested],
+                        "self_confidence": float(self_confidence),
+                    }
+                    for row, suggested, self_confidence in zip(*suspects, strict=True)
+                ][:_LISTED],
+            },
+            "slices": {
+                name: slices.accuracies(column, correct, groups=groups)
+                for name, column in columns.items()
+            },
+        }
+    )
+
+
+def grouped(
+    scores: Scores,
+    correct: NDArray[np.bool_],
+    labels: NDArray[np.integer],
+    groups: NDArray[np.integer] | None,
+) -> Scores:
+    """What takes the place of bounds in `scores` where examples come in `groups` [N].
+
+    Args:
+        scores: `scores.scores` of the examples.
+        correct: [N].
+        labels: [N].
+        groups: [N]; None: they are independent, and nothing changes.
+    """
+    if groups is None:
+        return {}
+    low, high = intervals.share(correct, groups=groups)
+    per_class = {}
+    for number, (name, of_class) in enumerate(scores["per_class"].items()):
+        rows = np.flatnonzero(labels == number)
+        bounds = intervals.share(correct[rows], groups=groups[rows])
+        per_class[name] = of_class | dict(zip(("recall_low", "recall_high"), bounds, strict=True))
+    return {"accuracy_low": low, "accuracy_high": high, "per_class": per_class}
 
 
 def compare(
@@ -108,7 +141,7 @@ def compare(
     """
     labels = ours.labels
     mine, other = ours.logits.argmax(axis=1), theirs.argmax(axis=1)
-    found = bootstrap.compare(mine == labels, other == labels, groups=groups)
+    found = intervals.compare(mine == labels, other == labels, groups=groups)
     differ = np.flatnonzero(mine != other)
     kinds, counts = np.unique(
         np.stack([labels[differ], mine[differ], other[differ]], axis=1), axis=0, return_counts=True

@@ -37,7 +37,7 @@ from leafnet.evaluation.document import (
 from leafnet.evaluation.predict import Evaluated, Predictions
 from leafnet.evaluation.settings import EvaluateSettings, compile_pattern
 from leafnet.evaluation.tables import say_background, say_evaluation
-from leafnet.metrics import background, bootstrap
+from leafnet.metrics import background, intervals
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import tally
 from leafnet.models import bundle, engine, openvino
@@ -138,14 +138,17 @@ def _run_on(
         groups = groups_of(index, examples.keys)
         scores = describe(examples, index.class_names, pattern=pattern, groups=groups)
         scores["background"] = background.probe(
-            predictions.border, predictions.labels, model_accuracy=scores["accuracy"]
+            predictions.border,
+            predictions.labels,
+            model_accuracy=scores["accuracy"],
+            groups=groups,
         )
         if theirs is not None:
             scores["against"] = compare(
                 examples, theirs.splits[split].logits, index.class_names, groups=groups
             )
         if settings.tta > 1:
-            scores["tta"] = _gain(predictions, made, views=settings.tta)
+            scores["tta"] = _gain(predictions, made, groups, views=settings.tta)
         document["splits"][split] = scores
     say_evaluation(document)
     if settings.out and settings.out.endswith(".json"):
@@ -216,13 +219,13 @@ def _described(predictions: Predictions) -> Described:
     return Described(predictions.keys, predictions.labels, predictions.logits, predictions.sizes)
 
 
-def _gain(predictions: Predictions, made: Evaluated, *, views: int) -> dict[str, Any]:
+def _gain(predictions: Predictions, made: Evaluated, groups: Any, *, views: int) -> dict[str, Any]:
     """What test-time augmentation changes, and what it costs, ready for JSON."""
     labels = predictions.labels
     without = tally(predictions.plain, labels)
     right = predictions.logits.argmax(axis=1) == labels
     right_without = predictions.plain.argmax(axis=1) == labels
-    found = bootstrap.compare(right, right_without)
+    found = intervals.compare(right, right_without, groups=groups)
     names = [str(i) for i in range(predictions.plain.shape[1])]
     scores = metrics_scores.scores(without, names)
     return {
@@ -324,20 +327,26 @@ def _keys(index: ShardIndex, split: str) -> tuple[list[str], NDArray[np.int32]]:
 
 def _probe(index: ShardIndex, split: str, accuracy: float) -> dict[str, Any] | None:
     """The probe of the background on the first photographs of `split`, which are a fair sample."""
-    statistics, labels = [], []
-    for image, label in _first_photographs(index, split):
+    statistics, labels, keys = [], [], []
+    for key, image, label in _first_photographs(index, split):
         # Small: the border's colours are what is looked at.
         statistics.append(background.border(decode(image, 256).pixels[None])[0])
         labels.append(label)
-    return background.probe(np.stack(statistics), np.array(labels), model_accuracy=accuracy)
+        keys.append(key)
+    return background.probe(
+        np.stack(statistics),
+        np.array(labels),
+        model_accuracy=accuracy,
+        groups=groups_of(index, keys),
+    )
 
 
-def _first_photographs(index: ShardIndex, split: str) -> Iterable[tuple[bytes, int]]:
+def _first_photographs(index: ShardIndex, split: str) -> Iterable[tuple[str, bytes, int]]:
     wanted = _PROBED
     for shard in gallery.ordered(index, split):
         rows = list(range(min(shard.rows, wanted)))
         table = shards.read_rows(index.root, shard, rows)
-        yield from zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+        yield from zip(*(table[c].to_pylist() for c in ("key", "image", "label")), strict=True)
         wanted -= len(rows)
         if not wanted:
             return

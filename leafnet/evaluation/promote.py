@@ -11,6 +11,7 @@ from leafnet.core.errors import EXIT_WORSE, UserError
 from leafnet.core.lock import Lock
 from leafnet.core.terminal import say
 from leafnet.data import shards
+from leafnet.data.groups import groups_of_split
 from leafnet.data.shards import ShardIndex
 from leafnet.distributed import resources, session
 from leafnet.evaluation import predict
@@ -28,7 +29,7 @@ def run(settings: PromoteSettings) -> None:
 
     Raises:
         UserError: something in the settings, models or data is wrong; another job holds the
-            registry (exit code 3); the candidate is worse (exit code 5).
+            registry (exit code 3); the candidate is worse, or may be (exit code 5).
     """
     root = storage.absolute(settings.registry)
     if settings.rollback:
@@ -161,6 +162,7 @@ def _compare(
         labels,
         class_names=index.class_names,
         rule=rule,
+        groups=groups_of_split(index, _SPLIT),
     )
     facts = document(verdict) | {
         "split": {
@@ -223,7 +225,7 @@ def _conclude(
         told = "; ".join(check.told for check in verdict.failed)
         kept = f"; {champion.model_id} stays champion" if champion else ""
         raise UserError(
-            "worse", f"{candidate.model_id} is refused: {told}{kept}", exit_code=EXIT_WORSE
+            verdict.outcome, f"{candidate.model_id} is refused: {told}{kept}", exit_code=EXIT_WORSE
         )
     if held is None:
         return
@@ -239,7 +241,7 @@ def _conclude(
 
 def _action(verdict: Verdict, tie: str) -> registry.Action:
     """What a verdict leads to, with the setting for ties: `keep` or `promote`."""
-    if verdict.outcome == "worse":
+    if verdict.outcome in ("worse", "unclear"):
         return registry.REFUSED
     better = verdict.outcome == "better" or tie == "promote"
     return registry.PROMOTED if better else registry.KEPT

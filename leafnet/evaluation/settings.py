@@ -72,7 +72,7 @@ class PromoteSettings(Settings):
         1.0,
         ge=0,
         le=100,
-        description="the candidate is not worse if the 95 % interval of the difference in accuracy "
+        description="the candidate is not worse if the 90 % interval of the difference in accuracy "
         "(candidate minus champion) lies above minus this [points]",
     )
     min_recall: float = Field(
@@ -87,7 +87,8 @@ class PromoteSettings(Settings):
         0.02,
         ge=0,
         le=1,
-        description="largest increase of the calibration error (ECE) over the champion's [share]",
+        description="largest increase of the calibration error (ECE) over the champion's, beside "
+        "what is chance [share]",
     )
     tie: Literal["keep", "promote"] = Field(
         "keep",
@@ -95,9 +96,11 @@ class PromoteSettings(Settings):
         "accurate either",
     )
     resamples: int = Field(
-        10_000, ge=100, description="bootstrap samples for the interval [resamples]"
+        10_000,
+        ge=100,
+        description="draws of the interval and of the calibration [resamples]",
     )
-    seed: int = Field(0, ge=0, description="seed of the bootstrap")
+    seed: int = Field(0, ge=0, description="seed of these draws")
     rollback: bool = Field(False, description="make the previous champion champion again")
     dry_run: bool = Field(False, description="evaluate and report, but write nothing")
     precision: Precision = "auto"

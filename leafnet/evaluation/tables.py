@@ -5,7 +5,8 @@ from typing import Any
 
 from leafnet.core import terminal
 from leafnet.core.terminal import say
-from leafnet.metrics import background, bootstrap
+from leafnet.metrics import background
+from leafnet.metrics.intervals import FEW_GROUPS
 
 _SHOWN, _SHOWN_SLICES = 8, 12
 # Characters: of a class or slice that leads a row, of a class in another column, of a key.
@@ -49,9 +50,8 @@ def say_evaluation(document: Mapping[str, Any]) -> None:
     )
     first = next(iter(splits))
     scores = splits[first]
-    groups = "groups" if scores["resampled_by_group"] else "images"
     say()
-    say(f"95 %      bootstrap over {groups}, {bootstrap.RESAMPLES:,} resamples")
+    _say_intervals(splits)
     say("by chance the ECE of a perfectly calibrated model on as many images")
     say("coverage  accuracy of the 90 % that the model is most confident of")
     _say_classes(first, scores)
@@ -63,6 +63,35 @@ def say_evaluation(document: Mapping[str, Any]) -> None:
     if "against" in scores:
         _say_against(scores)
     say_background(scores["background"], always=True)
+
+
+def _say_intervals(splits: Mapping[str, Any]) -> None:
+    grouped = next(iter(splits.values()))["resampled_by_group"]
+    units = "groups" if grouped else "images"
+    say(f"95 %      of test sets of other {units} have the truth in the interval")
+    for split, scores in splits.items():
+        if grouped and scores["groups"] < FEW_GROUPS:
+            say(
+                f"          {split} has only {scores['groups']} groups: as wide as that "
+                "must be, whatever the number of images"
+            )
+        missing = missing_classes(scores)
+        if missing:
+            say(f"macro F1  {missing} of {split}")
+
+
+def missing_classes(scores: Mapping[str, Any]) -> str:
+    """What macro F1 counts as 0 because there is nothing to judge; "" where there is no such class.
+
+    >>> missing_classes({"per_class": {"rust": {"support": 0}, "scab": {"support": 9}}})
+    'counts 1 class without an image as 0'
+    """
+    count = sum(not of_class["support"] for of_class in scores["per_class"].values())
+    return (
+        f"counts {count:,} {'class' if count == 1 else 'classes'} without an image as 0"
+        if count
+        else ""
+    )
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet.metrics.scores import wilson_interval
+from leafnet.metrics.intervals import share
 
 WIDTH = 8  # pixels of the border
 STATISTICS = 24  # mean and deviation of three colours on four sides
@@ -45,6 +45,7 @@ def probe(
     labels: NDArray[np.integer],
     *,
     model_accuracy: float,
+    groups: NDArray[np.integer] | None = None,
     seed: int = 0,
 ) -> dict[str, Any] | None:
     """How often a logistic regression on the border is right, over five folds; ready for JSON.
@@ -53,6 +54,8 @@ def probe(
         statistics: [N, F], of `border`.
         labels: [N], class indices.
         model_accuracy: of the model that is judged, on the same examples.
+        groups: [N], such as the plant of each photograph: no group is both learnt from and judged
+            on, as a border that knows the plant knows its class.
         seed: of folds and of the sample that is taken of more than 10,000.
 
     Returns:
@@ -60,10 +63,11 @@ def probe(
         frequent class gives; `share_of_lead`, the probe's lead over the majority as a share of the
         model's (None where the model has none); `high_warning`, whether it is surely above the
         majority and has half of the model's lead or more. None where there are fewer than two
-        classes with five examples, or where the statistics say nothing because all are the same.
+        classes with five examples, or five groups, or where the statistics say nothing because all
+        are the same.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -71,25 +75,30 @@ def probe(
     if len(labels) > _SAMPLE:
         rows = np.sort(generator.choice(len(labels), _SAMPLE, replace=False))
         statistics, labels = statistics[rows], labels[rows]
-    counts = np.bincount(labels)
-    kept = np.isin(labels, np.flatnonzero(counts >= _FOLDS))
-    statistics, labels = statistics[kept], labels[kept]
+        groups = None if groups is None else groups[rows]
+    alone = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    # In how many groups each class is.
+    pairs = np.unique(np.stack([labels, alone]), axis=1)
+    kept = np.isin(labels, np.flatnonzero(np.bincount(pairs[0]) >= _FOLDS))
+    statistics, labels, alone = statistics[kept], labels[kept], alone[kept]
     if len(np.unique(labels)) < 2 or np.ptp(statistics, axis=0).max() == 0:
         return None
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    fold = StratifiedKFold if groups is None else StratifiedGroupKFold
+    folds = fold(_FOLDS, shuffle=True, random_state=seed)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    right = int((cross_val_predict(classifier, statistics, labels, cv=folds) == labels).sum())
+    guessed = cross_val_predict(classifier, statistics, labels, cv=folds, groups=alone)
     examples = len(labels)
-    low, high = wilson_interval(right, examples)
-    accuracy, majority = right / examples, float(np.bincount(labels).max() / examples)
+    low, high = share(guessed == labels, groups=None if groups is None else alone)
+    accuracy = float((guessed == labels).mean())
+    majority = float(np.bincount(labels).max() / examples)
     lead = model_accuracy - majority
-    share = (accuracy - majority) / lead if lead > 0 else None
+    of_lead = (accuracy - majority) / lead if lead > 0 else None
     return {
         "examples": examples,
         "accuracy": accuracy,
         "low": low,
         "high": high,
         "majority": majority,
-        "share_of_lead": share,
-        "high_warning": low > majority and (share is None or share >= _MUCH),
+        "share_of_lead": of_lead,
+        "high_warning": low > majority and (of_lead is None or of_lead >= _MUCH),
     }

@@ -3,13 +3,13 @@
 A `Tally` has the same size for ten images and for ten million. B batch, C classes.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017, section 5
 
@@ -130,35 +130,28 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
-def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval for a share, of 95 % with the default `z`.
+def exact_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share, which holds in at least 95 % of draws whatever the share is.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference", J. Am.
-    Stat. Assoc. 22:209-212. It takes the trials as independent, so photographs of the same leaf
-    make the true uncertainty larger.
+    Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of
+    the binomial", Biometrika 26:404-413. Wilson's shorter interval misses the truth in up to 16 %
+    of draws near 0 % and 100 %. It takes the trials as independent: for photographs of the same
+    leaf see `intervals.share`.
 
     Raises:
         ValueError: unless 0 <= successes <= trials.
 
-    >>> wilson_interval(0, 0)  # nothing seen, nothing known
+    >>> exact_interval(0, 0)  # nothing seen, nothing known
     (0.0, 1.0)
-    >>> [round(bound, 4) for bound in wilson_interval(0, 20)]
-    [0.0, 0.1611]
-    >>> [round(bound, 4) for bound in wilson_interval(20, 20)]
-    [0.8389, 1.0]
+    >>> [round(bound, 4) for bound in exact_interval(24, 24)]  # 0.025 ** (1 / 24)
+    [0.8575, 1.0]
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"need 0 <= successes <= trials, got {successes} and {trials}")
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    # In exact arithmetic the bounds of 0/n and n/n touch 0 and 1.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == trials else (centre + half) / scale
-    return low, high
+    failures = trials - successes
+    low = betaincinv(successes, failures + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, failures, 0.975) if failures else 1.0
+    return float(low), float(high)
 
 
 def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
@@ -169,7 +162,7 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     examples lowers it, as in scikit-learn's f1_score(average="macro", labels=all classes,
     zero_division=0). `ece` is the expected calibration error over `CALIBRATION_BINS` bins of
     equal width, Guo et al. 2017, arXiv:1706.04599, equation 3. `_low` and `_high` bound the 95 %
-    interval of `wilson_interval`.
+    interval of `exact_interval`.
 
     Raises:
         ValueError: no examples, or another number of names than the tally has classes.
@@ -184,12 +177,12 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     if examples == 0:
         raise ValueError("no examples to score: the split is empty")
     correct = int(confusion.trace())
-    accuracy_low, accuracy_high = wilson_interval(correct, examples)
+    accuracy_low, accuracy_high = exact_interval(correct, examples)
     per_class = {}
     for i, name in enumerate(class_names):
         hits, support = int(confusion[i, i]), int(confusion[i].sum())
         predicted = int(confusion[:, i].sum())
-        recall_low, recall_high = wilson_interval(hits, support)
+        recall_low, recall_high = exact_interval(hits, support)
         per_class[name] = {
             "precision": hits / max(predicted, 1),
             "recall": hits / max(support, 1),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leafnet.metrics.scores import wilson_interval
+from leafnet.metrics.intervals import share
 
 NO_MATCH = "(no match)"
 # Shorter side of the original: what is thrown away or made up to get to the network's size.
@@ -75,20 +75,28 @@ def by_folder(keys: Sequence[str], without: Collection[str]) -> NDArray[np.str_]
     return np.array(["/".join(p for p in parts if p not in without) or "." for parts in folders])
 
 
-def accuracies(column: NDArray[np.str_], correct: NDArray[np.bool_]) -> list[dict[str, Any]]:
+def accuracies(
+    column: NDArray[np.str_],
+    correct: NDArray[np.bool_],
+    *,
+    groups: NDArray[np.integer] | None = None,
+) -> list[dict[str, Any]]:
     """Examples and accuracy of each value of `column` [N], the least accurate first.
 
-    `low` and `high` bound the 95 % interval of `wilson_interval`, which holds for slices of a few
+    `low` and `high` bound the 95 % interval of `intervals.share`, which holds for slices of a few
     examples too. The worst of many slices is low by chance alone.
     """
-    values, place = np.unique(column, return_inverse=True)
-    counts = np.bincount(place)
-    right = np.bincount(place, correct).astype(int)
-    rows = []
-    for value, count, hits in zip(values.tolist(), counts.tolist(), right.tolist(), strict=True):
-        low, high = wilson_interval(hits, count)
+    rows: list[dict[str, Any]] = []
+    values, counts = np.unique(column, return_counts=True)
+    order = np.argsort(column, kind="stable")
+    for value, inside in zip(values.tolist(), np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        right = correct[inside]
+        low, high = share(right, groups=None if groups is None else groups[inside])
         rows.append(
-            {"value": value, "examples": count, "accuracy": hits / count, "low": low, "high": high}
+            {
+                **{"value": value, "examples": len(right), "accuracy": float(right.mean())},
+                **{"low": low, "high": high},
+            }
         )
     return sorted(rows, key=lambda row: (row["accuracy"], -row["examples"], row["value"]))
 

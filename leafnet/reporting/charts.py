@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from leafnet.metrics.drift import Histogram
-from leafnet.metrics.scores import wilson_interval
+from leafnet.metrics.scores import exact_interval
 
 # Classes of the style sheet, `c0` to `c5`: colours that are told apart with any colour vision. More
 # classes than these share `cx`, grey.
@@ -255,7 +255,7 @@ def reliability(calibration: Sequence[Mapping[str, float]], *, told: str) -> Mar
     diagonal = f"M{axes.x(low):.1f} {axes.y(low):.1f}L{axes.right} {axes.y(1):.1f}"
     parts.append(f'<path class="mark" d="{diagonal}"/>')
     for row in calibration:
-        bounds = wilson_interval(round(row["accuracy"] * row["count"]), int(row["count"]))
+        bounds = exact_interval(round(row["accuracy"] * row["count"]), int(row["count"]))
         x, (bottom, top) = axes.x(row["confidence"]), map(axes.y, bounds)
         parts.append(f'<path class="interval" d="M{x:.1f} {bottom:.1f}V{top:.1f}"/>')
     for row in calibration:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from leafnet.metrics.scores import CALIBRATION_BINS, wilson_interval
+from leafnet.metrics.scores import CALIBRATION_BINS, exact_interval
 
 DPI = 120
 # Okabe and Ito 2008, "Color universal design": told apart with any colour vision.
@@ -300,7 +300,7 @@ def reliability_png(
     accuracy = np.array([row["accuracy"] for row in calibration])
     count = np.array([row["count"] for row in calibration])
     bounds = np.array(
-        [wilson_interval(round(a * n), n) for a, n in zip(accuracy, count.tolist(), strict=True)]
+        [exact_interval(round(a * n), n) for a, n in zip(accuracy, count.tolist(), strict=True)]
     )
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 6.0), dpi=DPI)

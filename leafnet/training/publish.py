@@ -12,6 +12,7 @@ import numpy as np
 
 from leafnet.core import storage, terminal
 from leafnet.core.terminal import say
+from leafnet.data.groups import groups_of_split
 from leafnet.data.shards import SPLITS, ShardIndex
 from leafnet.distributed import resources
 from leafnet.evaluation import document
@@ -37,11 +38,16 @@ def scores(result: worker.HeadResult, index: ShardIndex) -> dict[str, Any]:
                 f"evaluated {result.tallies[split].examples} examples of {split}, which has "
                 f"{index.examples(split)}"
             )
-    return {
+    found = {
         split: metrics_scores.scores(result.tallies[split], index.class_names)
         for split in reversed(SPLITS)
         if index.examples(split)
     }
+    for split, (logits, labels) in result.answers.items():
+        groups = groups_of_split(index, split)
+        correct = logits.argmax(axis=1) == labels
+        found[split] |= document.grouped(found[split], correct, labels, groups)
+    return found
 
 
 def calibrated(

@@ -805,11 +805,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "--registry TEXT folder or URL of models, history and champion (required)",
         "--candidate TEXT|none a published model, runs/NAME/model; required unless --rollback "
         "(default: none)",
-        "--margin FLOAT the candidate is not worse if the 95 % interval of",
+        "--margin FLOAT the candidate is not worse if the 90 % interval of",
         "--recall TEXT,… recall required of single classes",
         "late_blight=0.9,healthy=0.8 [share] (default: none)",
         "--tie keep|promote which",
-        "--resamples INT bootstrap samples for the interval [resamples] (default: 10000)",
+        "--resamples INT draws of the interval and of the calibration [resamples] (default: 10000)",
         "--rollback [BOOL] make the previous champion champion again (default: false)",
         "--batch_size INT|auto images per pass",
         "--ray.cpus INT|none logical CPUs",

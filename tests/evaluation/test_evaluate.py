@@ -31,7 +31,7 @@ from leafnet.evaluation.document import Described, compare, describe, figures, r
 from leafnet.evaluation.predict import Evaluated, Predictions
 from leafnet.evaluation.settings import EvaluateSettings
 from leafnet.evaluation.tables import say_evaluation
-from leafnet.metrics import background, bootstrap, calibration
+from leafnet.metrics import background, calibration, intervals
 from leafnet.metrics.scores import softmax
 from leafnet.models import bundle, weights
 from leafnet.models.bundle import Bundle
@@ -228,7 +228,7 @@ def test_a_description_by_hand() -> None:
     assert scores["selective_accuracy_90"] == 0.5
     confidence = softmax(examples.logits).max(axis=1)
     assert scores["ece_if_calibrated"] == calibration.ece_if_calibrated(confidence)
-    found = bootstrap.intervals(examples.logits, examples.labels, groups=groups)
+    found = intervals.intervals(examples.logits, examples.labels, groups=groups)
     assert scores["intervals"] == {name: list(interval) for name, interval in found.items()}
     assert scores["confused_pairs"][0] == {
         "label": "late_blight",
@@ -263,7 +263,7 @@ def test_a_description_without_groups_or_pattern() -> None:
     scores = describe(examples, NAMES)
     assert scores["resampled_by_group"] is False
     assert list(scores["slices"]) == ["shorter side [pixels]", "folder"]
-    found = bootstrap.intervals(examples.logits, examples.labels)
+    found = intervals.intervals(examples.logits, examples.labels)
     assert scores["intervals"]["accuracy"] == list(found["accuracy"])
 
 
@@ -307,7 +307,7 @@ def test_two_models_compared_by_hand() -> None:
     groups = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     found = compare(ours, others, NAMES, groups=groups)
     # The other has 1, 2, 3, 6 and 7 right, this model 0, 2, 3 and 6.
-    expected = bootstrap.compare(
+    expected = intervals.compare(
         np.isin(range(8), [0, 2, 3, 6]), np.isin(range(8), [1, 2, 3, 6, 7]), groups=groups
     )
     assert (found["accuracy"], found["difference"]) == (0.625, -0.125)
@@ -347,9 +347,9 @@ def predictions(examples: Described, *, plain: Any = None) -> Predictions:
 
 def test_what_more_views_change_by_hand() -> None:
     made = predictions(small(), plain=4 * np.eye(3, dtype=np.float32)[[0, 0, 0, 2, 2, 1, 1, 1]])
-    found = evaluate._gain(made, Evaluated({}, 12.0, 1.5), views=8)
+    found = evaluate._gain(made, Evaluated({}, 12.0, 1.5), None, views=8)
     sure = np.exp(4) / (np.exp(4) + 2)
-    paired = bootstrap.compare(np.isin(range(8), [0, 2, 3, 6]), np.isin(range(8), [0, 1, 2]))
+    paired = intervals.compare(np.isin(range(8), [0, 2, 3, 6]), np.isin(range(8), [0, 1, 2]))
     assert found == {
         "views": 8,
         "accuracy_without": 0.375,
@@ -444,17 +444,17 @@ def test_the_probe_reads_the_first_photographs(
     monkeypatch.setattr(evaluate, "_PROBED", wanted)
     found = list(evaluate._first_photographs(data_set, "train"))
     (table,) = [
-        shards.read_columns(data_set.root, s, ["image", "label"])
+        shards.read_columns(data_set.root, s, ["key", "image", "label"])
         for s in data_set.of_split("train")
     ]
-    assert [image for image, _ in found] == table["image"].to_pylist()[:expected]
-    assert [label for _, label in found] == [i % 3 for i in range(expected)]
+    assert [image for _, image, _ in found] == table["image"].to_pylist()[:expected]
+    assert [label for _, _, label in found] == [i % 3 for i in range(expected)]
 
 
 def test_a_probe_of_photographs_is_of_their_borders(data_set: ShardIndex) -> None:
     told = evaluate._probe(data_set, "train", 0.75)
     pixels = [
-        decode(image, 256).pixels for image, _ in evaluate._first_photographs(data_set, "train")
+        decode(image, 256).pixels for _, image, _ in evaluate._first_photographs(data_set, "train")
     ]
     expected = background.probe(
         background.border(np.stack(pixels)), np.arange(36) % 3, model_accuracy=0.75

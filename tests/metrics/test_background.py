@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, norm
 
 from leafnet.metrics import background
+from leafnet.metrics.background import STATISTICS, probe
 
 
 def photographs(border_of: NDArray[np.int64], *, seed: int = 0) -> NDArray[np.uint8]:
@@ -113,7 +114,7 @@ def test_what_the_border_tells_by_hand(
 ) -> None:
     """The last class looks as the first does, which has more examples, and is taken for it."""
     found = told(sizes, [0, 1, 0], model_accuracy=model_accuracy)
-    expected = binomtest(right, 128).proportion_ci(method="wilson")
+    expected = binomtest(right, 128).proportion_ci(method="exact")
     assert found["examples"] == 128
     assert found["accuracy"] == right / 128
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-6)
@@ -181,3 +182,32 @@ def test_a_probe_weighs_statistics_of_any_scale() -> None:
     same = background.probe(statistics / [1000, 1e-4], labels, model_accuracy=0.9)
     assert same is not None
     assert same["accuracy"] == found["accuracy"]
+
+
+def test_a_border_that_knows_the_plant_knows_nothing_of_the_class() -> None:
+    """Ten photographs of each plant before its own wall, the walls drawn whatever the class is."""
+    warned = 0
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        plants = np.repeat(np.arange(30), 10)
+        walls = generator.random((30, STATISTICS))
+        statistics = walls[plants] + 0.02 * generator.random((300, STATISTICS))
+        labels = plants % 3
+        found = probe(statistics, labels, model_accuracy=0.9, groups=plants, seed=seed)
+        assert found is not None
+        warned += found["high_warning"]
+        naive = probe(statistics, labels, model_accuracy=0.9, seed=seed)
+        assert naive is not None
+        assert naive["accuracy"] > found["accuracy"] + 0.2
+    assert warned <= 1
+
+
+def test_a_border_that_tells_the_class_of_other_plants_is_found() -> None:
+    generator = np.random.default_rng(1)
+    plants = np.repeat(np.arange(60), 5)
+    statistics = generator.random((300, STATISTICS)) + (plants % 3)[:, None] * 0.5
+    found = probe(statistics, plants % 3, model_accuracy=0.95, groups=plants)
+    assert found is not None
+    assert found["high_warning"]
+    few = probe(statistics[:60], plants[:60] % 3, model_accuracy=0.95, groups=plants[:60])
+    assert few is None, "four plants of each class are too few for five folds"

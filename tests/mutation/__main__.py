@@ -38,7 +38,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "models.classifier": ("metrics/test_calibration",),
     "metrics.thresholds": (),
     "metrics.novelty": (),
-    "metrics.bootstrap": (),
+    "metrics.intervals": (),
     "evaluation.verdict": (),
     "metrics.drift": (),
     "metrics.estimate": (),
