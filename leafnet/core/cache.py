@@ -101,7 +101,9 @@ def _keep(cache: LocalCache, sha256: str, data: bytes) -> None:
         if not _make_room(folder, len(data), cache.max_gb * 1e9):
             return
         # As long as it will be from the start: it counts when another makes room meanwhile.
-        with open(aside, "wb") as file:
+        # A new file, whatever link of that name somebody has put there.
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:
             file.truncate(len(data))
     try:
         with open(aside, "r+b") as file:
@@ -134,6 +136,7 @@ def _make_room(folder: Path, size: int, limit: float) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
+    opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(opened, "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -14,6 +14,7 @@ import json
 import os
 import posixpath
 import shutil
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -452,8 +453,7 @@ def local_copy(url: str) -> Iterator[str]:
         yield absolute(url)
         return
     fs, path = filesystem(url)
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"leafnet-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(prefix="leafnet-"))
     try:
         copy = folder / posixpath.basename(path)
         with _told(url):

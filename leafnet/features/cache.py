@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from leafnet.core import storage
+from leafnet.core import scratch, storage
 from leafnet.core.errors import DamagedParts
 from leafnet.data.images import DECODER_VERSION
 from leafnet.data.shards import Shard
@@ -194,9 +195,7 @@ def assemble(root: str, parts: Sequence[Part], views: int, *, path: str) -> Spli
             total += part.rows
     if total == 0:
         return SplitFeatures(np.zeros((0, 1, FEATURES), np.float16), np.zeros(0, np.int32))
-    mapped = np.lib.format.open_memmap(
-        path, mode="w+", dtype=np.float16, shape=(total, views, FEATURES)
-    )
+    mapped = scratch.mapped(Path(path), dtype=np.float16, shape=(total, views, FEATURES))
     labels = np.zeros(total, np.int32)
     damaged = []
     largest = max(part.rows * (part.stop - part.first) for part in parts) * FEATURES * 2

@@ -6,10 +6,8 @@ again in each epoch, shards one after the other; examples are shuffled when shar
 some shards at a time, mixed, are as good as all.
 """
 
-import fcntl
 import hashlib
-import os
-import tempfile
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from leafnet.core import scratch
 from leafnet.core.cache import LocalCache
+from leafnet.core.scratch import Shared
 from leafnet.data import shards
 from leafnet.data.images import DECODER_VERSION, decode
 from leafnet.data.shards import Shard
@@ -42,7 +42,7 @@ class Photographs(NamedTuple):
     # Rows of each shard where photographs are streamed, and an epoch goes from shard to shard.
     # Empty: any order costs the same.
     shard_rows: tuple[int, ...] = ()
-    folder: Path | None = None  # of the file on this node's disk
+    shared: Shared | None = None  # the folder on this node's disk
 
 
 def streamed_order(
@@ -102,33 +102,28 @@ def _local(
     root: str, of_split: Sequence[Shard], image_size: int, threads: int, cache: LocalCache | None
 ) -> Photographs:
     """All photographs in one mapped file, which the processes of this node share."""
-    names = "\n".join(shard.sha256 for shard in of_split)
-    content = f"photographs, decoder {DECODER_VERSION}, {image_size} pixels\n{names}"
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = folder / "pixels.npy", folder / "labels.npy"
     shape = (sum(shard.rows for shard in of_split), image_size, image_size, 3)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Labels come last: with them the file is whole.
-        if not labels.exists():
-            mapped = np.lib.format.open_memmap(pixels, mode="w+", dtype=np.uint8, shape=shape)
-            found, done = [], 0
-            with ThreadPoolExecutor(threads) as pool:
-                for shard in of_split:
-                    for table in shards.row_groups(root, shard, cache=cache):
-                        found.append(table["label"].to_numpy().astype(np.int32))
-                        for at in range(0, table.num_rows, _BLOCK):
-                            images = table["image"].slice(at, _BLOCK)
-                            mapped[done : done + len(images)] = _decoded(pool, images, image_size)
-                            done += len(images)
-            mapped.flush()
-            aside = folder / "partial.npy"
-            np.save(aside, np.concatenate(found))
-            os.replace(aside, labels)
-    opened = np.load(pixels, mmap_mode="r")
-    return Photographs(np.load(labels), lambda indices: opened[indices], folder=folder)
+
+    def fill(folder: Path) -> None:
+        pixels = scratch.mapped(folder / "pixels.npy", dtype=np.uint8, shape=shape)
+        labels, done = [], 0
+        with ThreadPoolExecutor(threads) as pool:
+            for shard in of_split:
+                for table in shards.row_groups(root, shard, cache=cache):
+                    labels.append(table["label"].to_numpy().astype(np.int32))
+                    for at in range(0, table.num_rows, _BLOCK):
+                        images = table["image"].slice(at, _BLOCK)
+                        pixels[done : done + len(images)] = _decoded(pool, images, image_size)
+                        done += len(images)
+        pixels.flush()
+        np.save(folder / "labels.npy", np.concatenate(labels))
+
+    content = ["photographs", DECODER_VERSION, image_size, [shard.sha256 for shard in of_split]]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    shared = scratch.share(digest, fill)
+    opened = np.load(shared.path / "pixels.npy", mmap_mode="r")
+    labels = np.load(shared.path / "labels.npy")
+    return Photographs(labels, lambda indices: opened[indices], shared=shared)
 
 
 def _decoded(pool: ThreadPoolExecutor, images: "pa.ChunkedArray", size: int) -> Pixels:

@@ -1,6 +1,5 @@
 """Fine-tuning on Ray Train: the photographs on each node, checkpoints, and what comes back."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,9 +194,8 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
         )
         ray.get(post(("result", tuned)))
     for split in (train, valid):
-        if split.folder:
-            # What is mapped stays readable for the workers of this node that have it open.
-            shutil.rmtree(split.folder, ignore_errors=True)
+        if split.shared:
+            split.shared.release()
 
 
 class _Progress:
@@ -263,5 +261,5 @@ def _judge(job: HeadJob, head: Head) -> Judged:
         "temperature": temperature,
         "answers": head_worker.answers_of(local.splits, head),
     }
-    shutil.rmtree(local.folder, ignore_errors=True)
+    local.shared.release()
     return Judged(head, changes)

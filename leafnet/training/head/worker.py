@@ -1,10 +1,7 @@
 """Fitting the head on Ray Train: the features on each node, checkpoints, and what comes back."""
 
-import fcntl
 import hashlib
-import os
-import shutil
-import tempfile
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +11,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from leafnet.core import scratch
 from leafnet.core.cache import LocalCache
+from leafnet.core.scratch import Shared
 from leafnet.data import shards as data_shards
 from leafnet.data.images import decode
 from leafnet.data.shards import SPLITS, Shard
@@ -229,8 +228,7 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
                 )
             )
         )
-    # What is mapped stays readable for the workers of this node that still have it open.
-    shutil.rmtree(local.folder, ignore_errors=True)
+    local.shared.release()
 
 
 def tally_part(split: SplitFeatures, head: Head, place: Place, num_classes: int) -> Tally:
@@ -291,51 +289,43 @@ def _logits(split: SplitFeatures, head: Head) -> NDArray[np.float32]:
 
 
 class LocalFeatures(NamedTuple):
-    """Every split's features, memory-mapped from `folder` on this node's disk."""
+    """Every split's features, memory-mapped from a folder on this node's disk."""
 
-    folder: Path
+    shared: Shared  # to be released once the features are not needed any more
     splits: dict[str, SplitFeatures]
     mean: NDArray[np.float32]  # [D] of the training features
     deviation: NDArray[np.float32]  # [D]
 
 
 def local_features(job: HeadJob) -> LocalFeatures:
-    """The features that `job` names; all processes of a node share one copy, which stays there.
+    """The features that `job` names; all processes of a node share one copy.
 
     Raises:
         DamagedParts: the cache has to be repaired first.
     """
-    names = "\n".join(part.name for split in SPLITS for part in job.parts[split])
-    digest = hashlib.sha256(f"{job.cache_root}\n{job.views}\n{names}".encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"leafnet-{os.getuid()}" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = {}
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def fill(folder: Path) -> None:
         for split in SPLITS:
-            mapped, labels = folder / f"{split}.npy", folder / f"{split}.labels.npy"
-            if labels.exists():
-                splits[split] = SplitFeatures(np.load(mapped, mmap_mode="r"), np.load(labels))
-                continue
             views = job.views if split == "train" else 1
-            parts = job.parts[split]
-            splits[split] = cache.assemble(job.cache_root, parts, views, path=str(mapped))
-            if splits[split].labels.size:
-                _save(labels, splits[split].labels)
-        statistics = folder / "statistics.npy"
-        if not statistics.exists():
-            _save(
-                statistics,
-                np.stack(moments.statistics(moments.moments(splits["train"].features))),
-            )
-    mean, deviation = np.load(statistics)
-    return LocalFeatures(folder, splits, mean, deviation)
+            place = str(folder / f"{split}.npy")
+            found = cache.assemble(job.cache_root, job.parts[split], views, path=place)
+            np.save(folder / f"{split}.labels.npy", found.labels)
+            if split == "train":
+                statistics = moments.statistics(moments.moments(found.features))
+                np.save(folder / "statistics.npy", np.stack(statistics))
 
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    aside = path.with_name("partial.npy")
-    np.save(aside, array)
-    os.replace(aside, path)
+    names = [part.name for split in SPLITS for part in job.parts[split]]
+    content = json.dumps([job.cache_root, job.views, names])
+    shared = scratch.share(hashlib.sha256(content.encode()).hexdigest()[:16], fill)
+    splits = {}
+    for split in SPLITS:
+        labels = np.load(shared.path / f"{split}.labels.npy")
+        features = np.zeros((0, 1, FEATURES), np.float16)
+        if labels.size:
+            features = np.load(shared.path / f"{split}.npy", mmap_mode="r")
+        splits[split] = SplitFeatures(features, labels)
+    mean, deviation = np.load(shared.path / "statistics.npy")
+    return LocalFeatures(shared, splits, mean, deviation)
 
 
 def _online_views(job: HeadJob, online: Online, hooks: worker.Hooks) -> head_fit.Gather:

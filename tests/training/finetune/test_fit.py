@@ -1150,7 +1150,7 @@ def test_two_workers_take_the_steps_of_one_also_from_inside_an_epoch(
     folder = str(tmp_path / "fine_tune")
     third, second, *_ = checkpoint.names(folder)
     assert second.startswith("checkpoint_000000002")
-    storage.delete(storage.join(folder, third))
+    checkpoint.delete(storage.join(folder, third))
     resumed, images = run_job(job, 1, tmp_path)
     assert images == 36
 

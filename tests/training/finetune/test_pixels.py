@@ -41,6 +41,11 @@ def test_rows_are_those_of_the_shards(data_set: ShardIndex, max_local: float) ->
     np.testing.assert_array_equal(opened.gather(wanted), expected)
 
 
+def folder_of(found: pixels.Photographs) -> Path:
+    assert found.shared is not None
+    return found.shared.path
+
+
 def test_an_interrupted_file_is_written_again(data_set: ShardIndex, tmp_path: Path) -> None:
     index = write_data_set(str(tmp_path), {"train": 2}, seed=9)
     of_split = index.of_split("train")
@@ -50,9 +55,9 @@ def test_an_interrupted_file_is_written_again(data_set: ShardIndex, tmp_path: Pa
 
     first = opened()
     before = first.gather(np.arange(6))
-    assert first.folder
-    (first.folder / "labels.npy").unlink()
-    (first.folder / "pixels.npy").write_bytes(b"half")
+    assert first.shared
+    (first.shared.path / "pixels.npy").write_bytes(b"half")
+    first.shared._lock.close()  # the process has been killed
     np.testing.assert_array_equal(opened().gather(np.arange(6)), before)
 
 
@@ -109,11 +114,11 @@ def test_rows_are_in_order_of_the_shards_names(max_local: float, three_shards: S
 def test_what_just_fits_is_kept_on_the_disk(three_shards: ShardIndex) -> None:
     """18 photographs of 20 x 20 pixels of three bytes."""
     kept = opened(three_shards, max_local=18 * 20 * 20 * 3)
-    assert kept.folder is not None
+    assert kept.shared is not None
     assert kept.shard_rows == ()
     assert isinstance(kept.gather(np.arange(2)), np.ndarray)
     streamed = opened(three_shards, max_local=18 * 20 * 20 * 3 - 1)
-    assert streamed.folder is None
+    assert streamed.shared is None
     rows = {shard.name: shard.rows for shard in three_shards.shards}
     assert streamed.shard_rows == tuple(rows[name] for name in sorted(rows))
 
@@ -124,19 +129,19 @@ def test_photographs_are_decoded_once_for_all_processes_of_a_node(
     first = opened(three_shards, max_local=1e9)
     monkeypatch.setattr(pixels, "decode", None)  # to decode again would fail
     again = opened(three_shards, max_local=1e9)
-    assert again.folder == first.folder
+    assert folder_of(again) == folder_of(first)
     assert isinstance(again.gather(slice(0, 1)), np.memmap)  # type: ignore[arg-type]
     np.testing.assert_array_equal(again.gather(np.arange(18)), first.gather(np.arange(18)))
 
 
 def test_another_size_and_another_shard_are_files_of_their_own(three_shards: ShardIndex) -> None:
-    folders = {opened(three_shards, max_local=1e9).folder}
+    folders = {folder_of(opened(three_shards, max_local=1e9))}
     for shards_of, size in ((three_shards.shards, 24), (three_shards.shards[:2], 20)):
         one = pixels.open_split(
             three_shards.root, shards_of, image_size=size, threads=1, max_local=1e9
         )
         assert one.gather(np.arange(2)).shape == (2, size, size, 3)
-        folders.add(one.folder)
+        folders.add(folder_of(one))
     assert len(folders) == 3
 
 
@@ -149,8 +154,8 @@ def test_more_photographs_than_are_decoded_at_a_time(
     images, _ = all_of(three_shards)
     expected = np.stack([decode(image, 20).pixels for image in images])
     np.testing.assert_array_equal(found.gather(np.arange(18)), expected)
-    assert found.folder is not None
-    assert np.load(found.folder / "pixels.npy").dtype == np.uint8
+    assert found.shared is not None
+    assert np.load(found.shared.path / "pixels.npy").dtype == np.uint8
 
 
 @pytest.mark.parametrize("max_local", [1e9, 0])
@@ -222,4 +227,4 @@ def test_processes_that_open_a_split_at_once_decode_it_once(
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: opened(three_shards, max_local=1e9), range(3)))
     assert len(decoded) == 18
-    assert len({each.folder for each in found}) == 1
+    assert len({folder_of(each) for each in found}) == 1

@@ -131,7 +131,7 @@ def test_features_are_copied_to_the_node_once(job: HeadJob) -> None:
         np.testing.assert_array_equal(each.labels, np.arange(ROWS[split]) % len(CLASSES))
     shutil.rmtree(job.cache_root)
     again = head_worker.local_features(job)
-    assert again.folder == first.folder
+    assert again.shared.path == first.shared.path
     for split in first.splits:
         np.testing.assert_array_equal(again.splits[split].features, first.splits[split].features)
         np.testing.assert_array_equal(again.splits[split].labels, first.splits[split].labels)
@@ -154,7 +154,7 @@ def test_other_features_have_another_folder(job: HeadJob) -> None:
         dataclasses.replace(job, parts=plain),
         dataclasses.replace(job, parts=plain, views=1),
     ]
-    folders = [head_worker.local_features(other).folder for other in others]
+    folders = [head_worker.local_features(other).shared.path for other in others]
     assert len(set(folders)) == len(others)
 
 
