@@ -25,7 +25,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -117,6 +117,18 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         drawn.add_row(*row)
     _console.print(drawn)
+
+
+def records(columns: Sequence[tuple[str, str]], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print an empty line and a table of `rows`.
+
+    Args:
+        columns: heading, and the format of a cell from the row's values, as for `str.format_map`.
+        rows: values by name.
+    """
+    say()
+    cells = [[cell.format_map(row) for _, cell in columns] for row in rows]
+    table("", [heading for heading, _ in columns], cells)
 
 
 def checklist(rows: Sequence[tuple[str, str, str, str]]) -> None:

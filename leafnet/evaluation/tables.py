@@ -1,6 +1,6 @@
 """An evaluation as tables of at most 80 columns, which is what a terminal has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from leafnet.core import terminal
@@ -14,47 +14,37 @@ _NAME, _CLASS, _KEY = 34, 18, 26
 
 
 def say_evaluation(document: Mapping[str, Any]) -> None:
-    """Print an evaluation: a row a split, then what there is to say of the first split."""
+    """Print an evaluation: a row for each split, then the details of the first split."""
     splits = document["splits"]
-    say()
-    terminal.table(
-        "",
-        ["split", "images", "accuracy", "95 %", "macro F1", "95 %"],
+    rows = [{"split": split, **scores} for split, scores in splits.items()]
+    terminal.records(
         [
-            [
-                split,
-                f"{scores['examples']:,}",
-                f"{scores['accuracy']:.3f}",
-                _interval(scores["intervals"]["accuracy"]),
-                f"{scores['macro_f1']:.3f}",
-                _interval(scores["intervals"]["macro_f1"]),
-            ]
-            for split, scores in splits.items()
+            ("split", "{split}"),
+            ("images", "{examples:,}"),
+            ("accuracy", "{accuracy:.3f}"),
+            ("95 %", "{intervals[accuracy][0]:.3f}-{intervals[accuracy][1]:.3f}"),
+            ("macro F1", "{macro_f1:.3f}"),
+            ("95 %", "{intervals[macro_f1][0]:.3f}-{intervals[macro_f1][1]:.3f}"),
         ],
+        rows,
     )
-    say()
-    terminal.table(
-        "",
-        ["split", "log loss", "ECE", "95 %", "by chance", "at 90 % coverage"],
+    terminal.records(
         [
-            [
-                split,
-                f"{scores['log_loss']:.3f}",
-                f"{scores['ece']:.3f}",
-                _interval(scores["intervals"]["ece"]),
-                f"{scores['ece_if_calibrated']['mean']:.3f}",
-                f"{scores['selective_accuracy_90']:.3f}",
-            ]
-            for split, scores in splits.items()
+            ("split", "{split}"),
+            ("log loss", "{log_loss:.3f}"),
+            ("ECE", "{ece:.3f}"),
+            ("95 %", "{intervals[ece][0]:.3f}-{intervals[ece][1]:.3f}"),
+            ("by chance", "{ece_if_calibrated[mean]:.3f}"),
+            ("at 90 % coverage", "{selective_accuracy_90:.3f}"),
         ],
+        rows,
     )
-    first = next(iter(splits))
-    scores = splits[first]
+    first, scores = next(iter(splits.items()))
     say()
     _say_intervals(splits)
     say("by chance the ECE of a perfectly calibrated model on as many images")
     say("coverage  accuracy of the 90 % that the model is most confident of")
-    _say_classes(first, scores)
+    say_classes(first, scores, interval=True)
     _say_pairs(first, scores)
     _say_slices(first, scores)
     _say_mistakes(first, scores)
@@ -94,178 +84,172 @@ def missing_classes(scores: Mapping[str, Any]) -> str:
     )
 
 
-def _interval(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.3f}-{bounds[1]:.3f}"
-
-
-def _short(name: str, width: int = _NAME) -> str:
-    """`name` in at most `width` characters: the end of a key or class tells it from others."""
-    return name if len(name) <= width else "\N{HORIZONTAL ELLIPSIS}" + name[1 - width :]
-
-
-def _say_classes(split: str, scores: Mapping[str, Any]) -> None:
-    say()
-    terminal.table(
-        "",
-        [f"class ({split})", "images", "precision", "recall", "95 %", "F1"],
+def say_scores(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the scores of a run: a row for each split, then the classes of the first split."""
+    terminal.records(
         [
-            [
-                _short(name),
-                f"{of_class['support']:,}",
-                f"{of_class['precision']:.3f}",
-                f"{of_class['recall']:.3f}",
-                _interval((of_class["recall_low"], of_class["recall_high"])),
-                f"{of_class['f1']:.3f}",
-            ]
-            for name, of_class in scores["per_class"].items()
+            ("split", "{split}"),
+            ("images", "{examples:,}"),
+            ("accuracy", "{accuracy:.3f}"),
+            ("95 % interval", "{accuracy_low:.3f} to {accuracy_high:.3f}"),
+            ("macro F1", "{macro_f1:.3f}"),
+            ("log loss", "{log_loss:.3f}"),
+            ("ECE", "{ece:.3f}"),
         ],
+        [{"split": split, **scores} for split, scores in splits.items()],
     )
+    say_classes(*next(iter(splits.items())), interval=False)
+
+
+def say_classes(split: str, scores: Mapping[str, Any], *, interval: bool) -> None:
+    """Print a row for each class of a split, on request with the interval of its recall."""
+    columns = [
+        (f"class ({split})", "{name}"),
+        ("images", "{support:,}"),
+        ("precision", "{precision:.3f}"),
+        ("recall", "{recall:.3f}"),
+        *([("95 %", "{recall_low:.3f}-{recall_high:.3f}")] if interval else []),
+        ("F1", "{f1:.3f}"),
+    ]
+    width = _NAME if interval else None  # the interval would take the table beyond 80 columns
+    per_class = scores["per_class"].items()
+    terminal.records(columns, [{"name": _short(name, width), **one} for name, one in per_class])
+
+
+def _short(name: str, width: int | None) -> str:
+    """Shorten `name` to `width` characters; what distinguishes keys and classes is their end."""
+    return (
+        name
+        if width is None or len(name) <= width
+        else "\N{HORIZONTAL ELLIPSIS}" + name[1 - width :]
+    )
+
+
+def _shortened(rows: Iterable[Mapping[str, Any]], **widths: int) -> list[dict[str, Any]]:
+    return [{**row, **{name: _short(row[name], widths[name]) for name in widths}} for row in rows]
 
 
 def _say_pairs(split: str, scores: Mapping[str, Any]) -> None:
     pairs = scores["confused_pairs"][:_SHOWN]
     if pairs:
-        say()
-        terminal.table(
-            "",
-            [f"confused ({split})", "taken for", "images", "share of class"],
+        terminal.records(
             [
-                [
-                    _short(pair["label"], _KEY),
-                    _short(pair["predicted"], _KEY),
-                    f"{pair['count']:,}",
-                    f"{pair['share']:.1%}".replace("%", " %"),
-                ]
-                for pair in pairs
+                (f"confused ({split})", "{label}"),
+                ("taken for", "{predicted}"),
+                ("images", "{count:,}"),
+                ("share of class", "{percent:.1f} %"),
             ],
+            _shortened(
+                [{**pair, "percent": 100 * pair["share"]} for pair in pairs],
+                label=_KEY,
+                predicted=_KEY,
+            ),
         )
 
 
 def _say_slices(split: str, scores: Mapping[str, Any]) -> None:
     for name, rows in scores["slices"].items():
-        say()
-        terminal.table(
-            "",
-            [f"{name} ({split})", "images", "accuracy", "95 %", ""],
+        shown = [
+            {**row, "note": "lower" if row["high"] < scores["accuracy"] else ""}
+            for row in rows[:_SHOWN_SLICES]
+        ]
+        terminal.records(
             [
-                [
-                    _short(row["value"]),
-                    f"{row['examples']:,}",
-                    f"{row['accuracy']:.3f}",
-                    _interval((row["low"], row["high"])),
-                    "lower" if row["high"] < scores["accuracy"] else "",
-                ]
-                for row in rows[:_SHOWN_SLICES]
+                (f"{name} ({split})", "{value}"),
+                ("images", "{examples:,}"),
+                ("accuracy", "{accuracy:.3f}"),
+                ("95 %", "{low:.3f}-{high:.3f}"),
+                ("", "{note}"),
             ],
+            _shortened(shown, value=_NAME),
         )
         if len(rows) > _SHOWN_SLICES:
             say(f"          and {len(rows) - _SHOWN_SLICES:,} more; the least accurate are shown")
 
 
 def _say_mistakes(split: str, scores: Mapping[str, Any]) -> None:
-    errors = scores["confident_errors"][:_SHOWN]
+    errors, suspects = scores["confident_errors"][:_SHOWN], scores["likely_wrong_labels"]
     if errors:
-        say()
-        terminal.table(
-            "",
-            [f"confident errors ({split})", "label", "predicted", "confidence"],
+        terminal.records(
             [
-                [
-                    _short(row["key"], _KEY),
-                    _short(row["label"], _CLASS),
-                    _short(row["predicted"], _CLASS),
-                    f"{row['confidence']:.3f}",
-                ]
-                for row in errors
+                (f"confident errors ({split})", "{key}"),
+                ("label", "{label}"),
+                ("predicted", "{predicted}"),
+                ("confidence", "{confidence:.3f}"),
             ],
+            _shortened(errors, key=_KEY, label=_CLASS, predicted=_CLASS),
         )
-    suspects = scores["likely_wrong_labels"]
     if suspects["first"]:
-        say()
-        terminal.table(
-            "",
-            [f"likely wrong labels ({split})", "label", "suggested", "P(label)"],
+        terminal.records(
             [
-                [
-                    _short(row["key"], _KEY),
-                    _short(row["label"], _CLASS),
-                    _short(row["suggested"], _CLASS),
-                    f"{row['self_confidence']:.3f}",
-                ]
-                for row in suspects["first"][:_SHOWN]
+                (f"likely wrong labels ({split})", "{key}"),
+                ("label", "{label}"),
+                ("suggested", "{suggested}"),
+                ("P(label)", "{self_confidence:.3f}"),
             ],
+            _shortened(suspects["first"][:_SHOWN], key=_KEY, label=_CLASS, suggested=_CLASS),
         )
         note = "; the model has learned from these" if split == "train" else ""
         say(f"          {suspects['examples']:,} in all{note}")
 
 
 def _say_tta(scores: Mapping[str, Any]) -> None:
-    told = scores["tta"]
-    say()
-    terminal.table(
-        "",
-        ["test-time augmentation", "accuracy", "log loss", "ECE", "network time"],
+    tta = scores["tta"]
+    names = ("accuracy", "log_loss", "ece")
+    terminal.records(
         [
-            [
-                "without",
-                f"{told['accuracy_without']:.3f}",
-                f"{told['log_loss_without']:.3f}",
-                f"{told['ece_without']:.3f}",
-                "1.0",
-            ],
-            [
-                f"{told['views']} views",
-                f"{scores['accuracy']:.3f}",
-                f"{scores['log_loss']:.3f}",
-                f"{scores['ece']:.3f}",
-                f"{told['times_as_long']:.1f}",
-            ],
+            ("test-time augmentation", "{views}"),
+            ("accuracy", "{accuracy:.3f}"),
+            ("log loss", "{log_loss:.3f}"),
+            ("ECE", "{ece:.3f}"),
+            ("network time", "{time:.1f}"),
+        ],
+        [
+            {"views": "without", "time": 1.0} | {name: tta[f"{name}_without"] for name in names},
+            {**scores, "views": f"{tta['views']} views", "time": tta["times_as_long"]},
         ],
     )
     say(
-        f"          {told['difference']:+.3f} accuracy, 95 % {told['interval'][0]:+.3f} to "
-        f"{told['interval'][1]:+.3f}, McNemar p {told['mcnemar_p']:.3g}"
+        f"          {tta['difference']:+.3f} accuracy, 95 % {tta['interval'][0]:+.3f} to "
+        f"{tta['interval'][1]:+.3f}, McNemar p {tta['mcnemar_p']:.3g}"
     )
 
 
 def _say_against(scores: Mapping[str, Any]) -> None:
-    told = scores["against"]
+    other = scores["against"]
     say()
     say(
-        f"against   accuracy {scores['accuracy']:.3f}, the other {told['accuracy']:.3f}: "
-        f"{told['difference']:+.3f} ({told['interval'][0]:+.3f} to {told['interval'][1]:+.3f})"
+        f"against   accuracy {scores['accuracy']:.3f}, the other {other['accuracy']:.3f}: "
+        f"{other['difference']:+.3f} ({other['interval'][0]:+.3f} to {other['interval'][1]:+.3f})"
     )
     say(
-        f"          right alone {told['only_ours']:,}, the other {told['only_theirs']:,}; "
-        f"McNemar's exact p {told['mcnemar_p']:.3g}"
+        f"          right alone {other['only_ours']:,}, the other {other['only_theirs']:,}; "
+        f"McNemar's exact p {other['mcnemar_p']:.3g}"
     )
-    say(f"          they differ on {told['disagreements']:,} of {scores['examples']:,}")
-    if told["kinds"]:
-        say()
-        terminal.table(
-            "",
-            ["they differ: label", "this model", "the other", "images"],
+    say(f"          they differ on {other['disagreements']:,} of {scores['examples']:,}")
+    if other["kinds"]:
+        terminal.records(
             [
-                [
-                    *(_short(kind[name], 22) for name in ("label", "ours", "theirs")),
-                    f"{kind['count']:,}",
-                ]
-                for kind in told["kinds"][:_SHOWN]
+                ("they differ: label", "{label}"),
+                ("this model", "{ours}"),
+                ("the other", "{theirs}"),
+                ("images", "{count:,}"),
             ],
+            _shortened(other["kinds"][:_SHOWN], label=22, ours=22, theirs=22),
         )
 
 
-def say_background(told: Mapping[str, Any] | None, *, always: bool) -> None:
-    """What the border tells; without `always` only when that is much."""
-    if told is None or not (always or told["high_warning"]):
+def say_background(border: Mapping[str, Any] | None, *, always: bool) -> None:
+    """Print what the border alone tells about the class, unless it is little and not `always`."""
+    if border is None or not (always or border["high_warning"]):
         return
     say()
     say(
-        f"border    {background.WIDTH} pixels of it alone give accuracy {told['accuracy']:.3f} "
-        f"({_interval((told['low'], told['high']))})"
+        f"border    {background.WIDTH} pixels of it alone give accuracy {border['accuracy']:.3f} "
+        f"({border['low']:.3f}-{border['high']:.3f})"
     )
-    say(f"          and the most frequent class {told['majority']:.3f}")
-    if told["high_warning"]:
-        share = told["share_of_lead"]
+    say(f"          and the most frequent class {border['majority']:.3f}")
+    if border["high_warning"]:
+        share = border["share_of_lead"]
         much = "all" if share is None or share >= 1 else f"{share:.0%}".replace("%", " %")
         say(f"warning   that is {much} of the model's lead: it may see the place, not the leaf")

@@ -15,7 +15,7 @@ from leafnet.core.terminal import say
 from leafnet.data.groups import groups_of_split
 from leafnet.data.shards import SPLITS, ShardIndex
 from leafnet.distributed import resources
-from leafnet.evaluation import document
+from leafnet.evaluation import document, tables
 from leafnet.metrics import calibration, drift
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics import thresholds as metrics_thresholds
@@ -270,47 +270,10 @@ def say_results(
     made_of: str,
 ) -> None:
     """Print the scores, and where to find what was made."""
-    _say_scores(scores)
+    tables.say_scores(scores)
     say()
     say(f"model     {storage.join(run, 'model')}   id {model_id}, {made_of}")
     say(f"also in   {run}: metrics.json history.csv curves.png confusion.png reliability.png")
     say("          config.yaml, and evaluation/ with the mistakes worth a look")
     say(f"log       {storage.join(run, 'train.log')}")
     say(f"done in {terminal.duration(seconds)}")
-
-
-def _say_scores(scores: Mapping[str, Any]) -> None:
-    """Print a table of results: a row a split, then the classes of the first split."""
-    say()
-    terminal.table(
-        "",
-        ["split", "images", "accuracy", "95 % interval", "macro F1", "log loss", "ECE"],
-        [
-            [
-                split,
-                f"{of_split['examples']:,}",
-                f"{of_split['accuracy']:.3f}",
-                f"{of_split['accuracy_low']:.3f} to {of_split['accuracy_high']:.3f}",
-                f"{of_split['macro_f1']:.3f}",
-                f"{of_split['log_loss']:.3f}",
-                f"{of_split['ece']:.3f}",
-            ]
-            for split, of_split in scores.items()
-        ],
-    )
-    first = next(iter(scores))
-    say()
-    terminal.table(
-        "",
-        [f"class ({first})", "images", "precision", "recall", "F1"],
-        [
-            [
-                name,
-                f"{of_class['support']:,}",
-                f"{of_class['precision']:.3f}",
-                f"{of_class['recall']:.3f}",
-                f"{of_class['f1']:.3f}",
-            ]
-            for name, of_class in scores[first]["per_class"].items()
-        ],
-    )

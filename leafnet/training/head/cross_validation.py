@@ -126,19 +126,15 @@ def _grouped(index: ShardIndex) -> tuple[NDArray[np.int32], NDArray[np.int64], s
 def _say_folds(
     rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], how: str, url: str
 ) -> None:
-    terminal.table(
-        "",
-        ["fold", "images", "accuracy", "macro F1", "log loss"],
+    terminal.records(
         [
-            [
-                str(row["fold"]),
-                f"{row['examples']:,}",
-                f"{row['accuracy']:.3f}",
-                f"{row['macro_f1']:.3f}",
-                f"{row['log_loss']:.3f}",
-            ]
-            for row in rows
+            ("fold", "{fold}"),
+            ("images", "{examples:,}"),
+            ("accuracy", "{accuracy:.3f}"),
+            ("macro F1", "{macro_f1:.3f}"),
+            ("log loss", "{log_loss:.3f}"),
         ],
+        rows,
     )
     accuracy = summary["accuracy"]
     kept = f", kept together by {how}" if how else ""
