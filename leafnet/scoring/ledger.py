@@ -123,6 +123,7 @@ class Difference:
 
     todo: Bools
     again: int  # of `todo`, how many have failed before
+    unasked: int = 0  # not of `todo`: scored before, and their version could not be asked for now
 
     @property
     def already_done(self) -> int:
@@ -136,15 +137,27 @@ def difference(
     """Which rows of a listing are to be scored on the night `date`.
 
     Those that no row of the same version tells of, and those that failed on an earlier night for a
-    reason that can pass, at most `retries` times after the first. Memory is that of the listing,
-    however long the history.
+    reason that can pass, at most `retries` times after the first. What was scored before and cannot
+    be asked for its version now, since it is gone or its store is away, is left for another night.
+    Memory is that of the listing, however long the history.
+
+    Raises:
+        RuntimeError: a photograph is listed twice.
     """
     listed = keys(photographs)
+    _refuse_repeated(photographs, listed)
+    without_version = pc.is_null(photographs["version"]).to_numpy()
+    unasked = photographs["image"].filter(pa.array(without_version))
+    scored_before = np.zeros(len(unasked), bool)
     attempts = np.zeros(photographs.num_rows, np.int32)
     over = np.zeros(photographs.num_rows, bool)
 
     def count(waiting: list[History]) -> None:
-        found = places(listed, pa.concat_tables([part.keys for part in waiting]))
+        together = pa.concat_tables([part.keys for part in waiting])
+        if len(unasked):
+            of_bytes = together.filter(pc.is_valid(together["version"]))["image"]
+            scored_before[:] |= pc.is_in(unasked, of_bytes.combine_chunks()).to_numpy()
+        found = places(listed, together)
         final = np.concatenate([~part.may_pass | (part.date >= date) for part in waiting])
         known = found >= 0
         np.add.at(attempts, found[known], 1)
@@ -160,8 +173,24 @@ def difference(
             waiting, rows = [], 0
     if waiting:
         count(waiting)
-    todo = ~over & (attempts <= retries)
-    return Difference(todo, again=int((todo & (attempts > 0)).sum()))
+    left = np.zeros_like(over)
+    left[without_version] = scored_before
+    todo = ~over & ~left & (attempts <= retries)
+    return Difference(todo, int((todo & (attempts > 0)).sum()), int((left & ~over).sum()))
+
+
+def _refuse_repeated(photographs: pa.Table, listed: pa.ChunkedArray) -> None:
+    # Of 64 bits each: the strings themselves would take ten times the memory of the listing.
+    hashes = [
+        np.fromiter(map(hash, chunk.slice(at, _LOOK_UP_ROWS).to_pylist()), np.int64)
+        for chunk in listed.chunks
+        for at in range(0, len(chunk), _LOOK_UP_ROWS)
+    ]
+    together = np.concatenate([*hashes, np.zeros(0, np.int64)])
+    _, first = np.unique(together, return_index=True)
+    if len(first) < len(together):
+        twice = np.setdiff1d(np.arange(len(together)), first)[0]
+        raise RuntimeError(f"{photographs['image'][int(twice)]} is listed twice")
 
 
 def keys(table: pa.Table) -> pa.ChunkedArray:

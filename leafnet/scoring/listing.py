@@ -273,6 +273,8 @@ def _of_list(url: str) -> Listing:
     # Relative to the list, which may have been written on another machine.
     folder = posixpath.dirname(url)
     urls = [u if "://" in u or u.startswith("/") else storage.join(folder, u) for u in urls]
+    # One photograph has one URL, however it is spelled: by it rows are found again.
+    urls = [storage.absolute(u) for u in urls]
     first: dict[str, str | None] = {}
     for i, listed in enumerate(urls):
         first.setdefault(listed, versions[i] if versions else None)

@@ -184,6 +184,11 @@ def _say_listing(photographs: Listing, difference: Difference) -> None:
     for note in photographs.notes:
         say(f"          {note}")
     again = f", of them {difference.again:,} for another time" if difference.again else ""
+    if difference.unasked:
+        say(
+            f"          {difference.unasked:,} scored before are gone, or could not be asked for "
+            "their version: left for another night"
+        )
     new = int(difference.todo.sum())
     say(f"tonight   {new:,} to score{again}; {difference.already_done:,} are done already")
 

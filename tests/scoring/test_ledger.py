@@ -517,3 +517,27 @@ def test_a_long_history_is_looked_up_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     part = ledger.History("2026-11-01", listed("a", "b"), np.zeros(2, bool))
     ledger.difference(listed("a"), [part] * 5, date="2026-11-02", retries=0)
     assert asked == [4, 4, 2]
+
+
+def test_what_cannot_be_asked_for_its_version_is_not_scored_again(out: str) -> None:
+    """A store that is away while a list is listed; tomorrow it answers again."""
+    publish(out, "2026-11-01", made_rows("a", "b", version="1"))
+    publish(out, "2026-11-02", made_rows("c", reason="not-found: x", version=None))
+    unasked = listed("a", "b", "c", "d").set_column(1, "version", pa.nulls(4, pa.string()))
+    found = compare(out, unasked, date="2026-11-03")
+    assert found.todo.tolist() == [False, False, True, True]  # of c there are no bytes yet
+    assert (found.again, found.unasked, found.already_done) == (1, 2, 2)
+    mixed = pa.concat_tables([unasked.slice(0, 1), listed("b", versions="2"), listed("d")])
+    found = compare(out, mixed, date="2026-11-03")
+    assert found.todo.tolist() == [False, True, True]
+    found = compare(out, listed("a", "b"), date="2026-11-03")
+    assert (found.todo.tolist(), found.unasked) == ([False, False], 0)
+
+
+def test_a_photograph_that_is_listed_twice_ends_the_night_before_it_begins() -> None:
+    with pytest.raises(RuntimeError, match=r"^b is listed twice"):
+        ledger.difference(listed("a", "b", "c", "b"), [], date="2026-11-01", retries=0)
+    versions = pa.concat_tables([listed("a"), listed("a", versions="2")])
+    assert ledger.difference(versions, [], date="2026-11-01", retries=0).todo.all()
+    empty = ledger.difference(listed(), [], date="2026-11-01", retries=0)
+    assert empty.todo.tolist() == []

@@ -397,3 +397,30 @@ def test_an_index_of_shards_is_told_by_its_name_and_its_keys(root: str) -> None:
     storage.write_bytes(storage.join(root, "index.json"), text)
     with pytest.raises(UserError):  # it is one of shards, and says not enough
         listing.look(root)
+
+
+def test_a_photograph_has_one_url_however_a_list_spells_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"1")
+    spelled = ["in/a.jpg", "./in/a.jpg", "in/../in//a.jpg", f"{tmp_path}/in/./a.jpg", "in/b.jpg"]
+    spelled.append(f"file://{tmp_path}/in/a.jpg")
+    place = tmp_path / "tonight.txt"
+    place.write_text("\n".join(spelled))
+    found = listing.look(str(place))
+    expected = [f"{tmp_path}/in/a.jpg", f"{tmp_path}/in/b.jpg"]
+    assert found.photographs["image"].to_pylist() == expected
+    pq.write_table(pa.table({"url": spelled, "version": ["1"] * 6}), tmp_path / "tonight.parquet")
+    found = listing.look(str(tmp_path / "tonight.parquet"))
+    assert found.photographs["image"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("secret", ["https://user:pass@host/a.jpg", "https://host/a.jpg?sig=1"])
+def test_a_list_with_a_secret_is_refused_before_anything_is_stored(
+    secret: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tonight.txt").write_text(f"a.jpg\n{secret}\n")
+    with pytest.raises(UserError, match="a URL at https://host holds a password") as told:
+        listing.look(str(tmp_path / "tonight.txt"))
+    assert told.value.reason == "secret-in-url"
+    assert "pass" not in str(told.value).replace("password", "")
