@@ -4,7 +4,6 @@ They lie beside the numbers of an evaluation as small JPEG files, so that a repo
 and written again, from what is stored.
 """
 
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +11,21 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from leafnet.core import storage
 from leafnet.data import shards
-from leafnet.data.images import decode
+from leafnet.data.images import Pixels, decode
 from leafnet.data.shards import Shard, ShardIndex
+from leafnet.data.thumbnails import LARGE, jpeg, of_photograph
 from leafnet.metrics import mistakes
 from leafnet.metrics.scores import softmax
 from leafnet.models import cam
+from leafnet.models.weights import Array
 
-Pixels = NDArray[np.uint8]
-Array = NDArray[np.float32]
 Kind = Literal["likely-wrong-label", "confident-error", "confused-pair", "sample"]
 # (RGB [B, S, S, 3], classes [B]) -> class maps [B, h, w], see `cam.class_maps`.
 Explain = Callable[[Pixels, NDArray[np.int64]], Array]
 
-THUMBNAIL = 160  # pixels of the longer side
 FOLDER = "gallery"
 _PER_KIND = 12
 _PAIRS, _PER_PAIR = 3, 4
@@ -132,7 +129,7 @@ def make(
         if explain:
             pixels = decode(data, image_size).pixels[None]
             heat = explain(pixels, np.array([choice.predicted]))[0]
-        jpeg, cam_jpeg = thumbnails(data, heat)
+        small, mapped = thumbnails(data, heat)
         items.append(
             Item(
                 choice.kind,
@@ -140,8 +137,8 @@ def make(
                 index.class_names[choice.label],
                 index.class_names[choice.predicted],
                 choice.confidence,
-                jpeg,
-                cam_jpeg,
+                small,
+                mapped,
             )
         )
     return items
@@ -162,28 +159,19 @@ def _read(index: ShardIndex, split: str, rows: Sequence[int]) -> dict[int, tuple
 
 
 def thumbnails(photograph: bytes, class_map: Array | None) -> tuple[bytes, bytes | None]:
-    """A thumbnail of the encoded `photograph`, and the same under its `class_map` [h, w].
+    """Make a thumbnail of the encoded `photograph`, and the same under its `class_map` [h, w].
 
-    Upright, of at most `THUMBNAIL` pixels, in the proportions of the photograph: the network sees
-    it stretched to a square, and the map is stretched back.
+    Both have the proportions of the photograph: the network sees it stretched to a square, and the
+    map is stretched back with it.
     """
-    photo = decode(photograph, THUMBNAIL)
-    small = _unstretched(photo.pixels, photo.width, photo.height)
-    return _jpeg(small), None if class_map is None else _jpeg(cam.overlay(small, class_map))
-
-
-def _unstretched(square: Pixels, width: int, height: int) -> Pixels:
-    """The `square` [S, S, 3] of a photograph of `width` x `height`, in its shape, small."""
-    scale = THUMBNAIL / max(width, height)
-    size = max(1, round(scale * width)), max(1, round(scale * height))
-    # A smaller side is averaged over, a larger one interpolated.
-    return np.asarray(Image.fromarray(square).resize(size, Image.Resampling.BILINEAR))
-
-
-def _jpeg(pixels: Pixels) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "JPEG", quality=85)
-    return sink.getvalue()
+    if class_map is None:
+        return of_photograph(photograph), None
+    photo = decode(photograph, LARGE)
+    plain, mapped = (
+        jpeg(pixels, width=photo.width, height=photo.height, side=LARGE)
+        for pixels in (photo.pixels, cam.overlay(photo.pixels, class_map))
+    )
+    return plain, mapped
 
 
 def write(folder: str, items: Sequence[Item]) -> list[dict[str, Any]]:

@@ -1,15 +1,14 @@
 """The report of a training run: RUN/report.html, made of what the run has stored.
 
-It can be written again at any time. Photographs in it are thumbnails: those of the galleries are
-kept beside it in gallery.parquet, samples of each class come from the shards, and are left out when
-the shards are gone.
+It can be written again at any time. Photographs in it are thumbnails: those of the galleries come
+from the run's evaluation, samples of each class from the shards, and they are left out when the
+shards are gone.
 """
 
 import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -19,19 +18,18 @@ import yaml
 from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.core.settings import flat
-from leafnet.data import shards, thumbnails
-from leafnet.data.images import ImageError, decode
+from leafnet.data import shards
+from leafnet.data.images import ImageError
 from leafnet.data.shards import SPLITS, ShardIndex
+from leafnet.data.thumbnails import of_photograph
+from leafnet.evaluation import document
 from leafnet.evaluation.gallery import Item
 from leafnet.metrics.thresholds import REVIEW_ALL
 from leafnet.reporting import charts, pages
 from leafnet.training.settings import describe_stages
 
 NAME = "report.html"
-GALLERY = "gallery.parquet"
 
-_SIDE = 160  # pixels
-_QUALITY = 80
 _SAMPLES = 8  # of a class, or fewer where there are many classes
 _MAX_SAMPLES = 240
 # Row groups that are read for samples at most: rare classes may be in none of them.
@@ -42,18 +40,6 @@ _MAX_PAIRS = 30  # duplicates that are listed
 _MAX_REJECTED = 30
 _FEW = 10  # photographs of a class in a split, of which shares say little
 _MAX_FEW = 8  # such classes that are named
-
-_GALLERY_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("key", pa.string()),
-        ("label", pa.string()),
-        ("predicted", pa.string()),
-        ("confidence", pa.float64()),
-        ("jpeg", pa.binary()),
-        ("cam_jpeg", pa.binary()),
-    ]
-)
 
 _KINDS = (
     ("confident-error", "Most confident errors", "Wrong, and the surest of it."),
@@ -79,23 +65,17 @@ _STAGES = {
 }
 
 
-def write(run: str, items: Sequence[Item] | None = None) -> str:
-    """Write the report of the finished run `run`; returns its URL.
-
-    Args:
-        run: folder or URL of the run.
-        items: of the galleries, kept from now on; None: those kept, or else samples of each class.
+def write(run: str) -> str:
+    """Write the report of the finished run at `run` (folder or URL), and return its URL.
 
     Raises:
         UserError: there is no such run, or it is not finished.
     """
     run = storage.absolute(run)
     stored = _stored(run)
-    if items is None:
-        items = _kept(run)
-    if not any(item.kind == "sample" for item in items):
-        items = [*items, *_samples_of(stored["model"])]
-    _keep(run, items)
+    # Samples of each class are of the training split, which is what was learnt from.
+    items = [item for item in _gallery(run) if item.kind != "sample"]
+    items += _samples_of(stored["model"])
     target = storage.join(run, NAME)
     storage.write_bytes(target, pages.render("run.html", **_content(run, stored, items)))
     return target
@@ -138,19 +118,12 @@ def _history_of_fine_tune(run: str) -> list[dict[str, float]]:
 # Photographs
 
 
-def _keep(run: str, items: Sequence[Item]) -> None:
-    table = pa.Table.from_pylist([asdict(item) for item in items], _GALLERY_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none")
-    storage.write_bytes(storage.join(run, GALLERY), sink.getvalue().to_pybytes())
-
-
-def _kept(run: str) -> list[Item]:
+def _gallery(run: str) -> list[Item]:
     try:
-        data = storage.read_bytes(storage.join(run, GALLERY))
-    except FileNotFoundError:
+        _, items = document.read(storage.join(run, "evaluation"))
+    except FileNotFoundError:  # no split to evaluate
         return []
-    return [Item(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+    return items
 
 
 def _samples_of(model: Mapping[str, Any]) -> list[Item]:
@@ -179,25 +152,13 @@ def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
             if len(of_class) < wanted:
                 name = index.class_names[row["label"]]
                 try:
-                    small = thumbnail(row["image"])
+                    small = of_photograph(row["image"])
                 except ImageError:  # it is not this report's to judge the data set
                     continue
                 of_class.append(Item("sample", row["key"], name, name, 1.0, small, None))
         if number + 1 == _MAX_GROUPS or all(len(items) == wanted for items in found.values()):
             break
     return [item for items in found.values() for item in items]
-
-
-def thumbnail(image: bytes) -> bytes:
-    """A JPEG of the encoded photograph `image`, at most 160 pixels.
-
-    Raises:
-        ImageError: it cannot be decoded.
-    """
-    photo = decode(image, _SIDE)
-    return thumbnails.jpeg(
-        photo.pixels, width=photo.width, height=photo.height, side=_SIDE, quality=_QUALITY
-    )
 
 
 # The page

@@ -10,7 +10,6 @@ from leafnet.core import lock, storage, terminal
 from leafnet.core import settings as core_settings
 from leafnet.core.terminal import say
 from leafnet.evaluation import document, evaluate
-from leafnet.evaluation.gallery import Item
 from leafnet.metrics import drift
 from leafnet.metrics.thresholds import Review
 from leafnet.models import bundle, openvino
@@ -63,8 +62,8 @@ def run(settings: TrainSettings) -> None:
             with run.stage("publish"):
                 model_id = _publish(run, fitted)
             with run.stage("evaluation"):
-                gallery = _evaluate(run, fitted, model_id)
-            _finish(run, features, fitted, model_id, gallery)
+                _evaluate(run, fitted, model_id)
+            _finish(run, features, fitted, model_id)
 
 
 def _publish(run: Run, fitted: Fitted) -> str:
@@ -124,10 +123,10 @@ def _quantize(run: Run, fitted: Fitted) -> _Int8:
         )
 
 
-def _evaluate(run: Run, fitted: Fitted, model_id: str) -> list[Item]:
-    """Write the evaluation; returns its gallery."""
+def _evaluate(run: Run, fitted: Fitted, model_id: str) -> None:
+    """Write the evaluation, with its gallery."""
     settings = run.plan.settings
-    return evaluate.after_training(
+    evaluate.after_training(
         storage.join(run.url, "evaluation"),
         run.plan.index,
         answers=fitted.result.answers,
@@ -143,18 +142,14 @@ def _evaluate(run: Run, fitted: Fitted, model_id: str) -> list[Item]:
     )
 
 
-def _finish(
-    run: Run, features: Features, fitted: Fitted, model_id: str, gallery: list[Item]
-) -> None:
+def _finish(run: Run, features: Features, fitted: Fitted, model_id: str) -> None:
     """Write run.json, which says that the run is finished, and the report; print the results."""
     state, scores = fitted.result.state, fitted.scores
     model, seconds = storage.join(run.url, "model"), time.monotonic() - run.began
     storage.write_json(
         storage.join(run.url, "run.json"), _facts(run, features, fitted, model_id, seconds)
     )
-    # Its samples of each class are of the training split, which is what was learnt from.
-    shown = [item for item in gallery if item.kind != "sample"]
-    report_url = pages.place_of(lambda: report.write(run.url, shown))
+    report_url = pages.place_of(lambda: report.write(run.url))
     run.tracker.results(
         state.history,
         scores,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from leafnet.data.shards import ShardIndex
+from leafnet.evaluation import document
 from leafnet.scoring import report as night_report
 from leafnet.training import report as run_report
 from tests.left_out import leave_out
@@ -47,9 +48,10 @@ def reports(data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> d
     stored.write_run(run, data_set, fine_tuned=True)
     kinds = ("confident-error", "likely-wrong-label", "confused-pair")
     items = [item for kind in kinds for item in stored.items(6, kind)]
+    document.write(str(run / "evaluation"), {}, "test", items)
     return {
         "night": Path(night_report.write(str(folder), "2026-11-24")),
-        "run": Path(run_report.write(str(run), items)),
+        "run": Path(run_report.write(str(run))),
     }
 
 

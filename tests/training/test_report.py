@@ -10,6 +10,7 @@ import pytest
 from leafnet.core.errors import UserError
 from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
+from leafnet.evaluation import document
 from leafnet.preparation import duplicates, plan
 from leafnet.training import report
 from tests.conftest import write_data_set
@@ -52,7 +53,8 @@ def test_galleries_are_kept_for_the_next_time(run: Path) -> None:
         *stored.items(3, "likely-wrong-label"),
         *stored.items(6, "confused-pair"),
     ]
-    report.write(str(run), items)
+    document.write(str(run / "evaluation"), {}, "test", items)
+    report.write(str(run))
     first = (run / "report.html").read_bytes()
     page = check(first)
     assert len(page.all("img")) == 24 + 2 * 13  # each with its map of where the model looked
