@@ -38,6 +38,45 @@ class Review:
         return "; ".join(told) or None
 
 
+class Judged(NamedTuple):
+    """What a model says of B photographs."""
+
+    failed: NDArray[np.bool_]  # [B], the network gave no finite numbers
+    probabilities: NDArray[np.float32]  # [B, C], 0 where failed
+    label: NDArray[np.int64]  # [B], class of the highest probability
+    confidence: NDArray[np.float32]  # [B], its probability
+    novelty: NDArray[np.float32]  # [B], NaN where failed or without such a measure
+    reasons: list[str | None]  # B, why it failed or why a person should look; None: neither
+
+
+def judge(
+    logits: NDArray[np.float32], novelty: NDArray[np.float32] | None, review: Review | None
+) -> Judged:
+    """Judge photographs by their logits [B, C] and novelty [B].
+
+    Args:
+        logits: of the network.
+        novelty: None: the model has no such measure.
+        review: thresholds; None: the model has none.
+    """
+    failed = np.logical_not(np.isfinite(logits).all(axis=1))
+    probabilities = np.zeros(logits.shape, np.float32)
+    if not failed.all():
+        probabilities[~failed] = softmax(logits[~failed])
+    label = probabilities.argmax(axis=1)
+    confidence = probabilities[np.arange(len(label)), label]
+    distances = np.full(len(label), np.nan, np.float32)
+    if novelty is not None:
+        distances[~failed] = novelty[~failed]
+    reasons = [
+        review.reason(sure, far) if review else None
+        for sure, far in zip(confidence.tolist(), distances.tolist(), strict=True)
+    ]
+    for i in np.flatnonzero(failed):
+        reasons[i] = "not-finite: the network gave no number for it"
+    return Judged(failed, probabilities, label, confidence, distances, reasons)
+
+
 class Outcomes(NamedTuple):
     """What a model makes of each of N examples."""
 

@@ -23,8 +23,7 @@ from leafnet.core.errors import UserError
 from leafnet.core.hardware import choose_precision
 from leafnet.data.images import DECODER_VERSION, ImageError, decode
 from leafnet.metrics.novelty import Novelty
-from leafnet.metrics.scores import softmax
-from leafnet.metrics.thresholds import Review
+from leafnet.metrics.thresholds import Review, judge
 from leafnet.models import document as model_document
 from leafnet.models import hdf5, registry, resnet
 from leafnet.models.card import model_card
@@ -132,25 +131,22 @@ class Bundle:
 
     def _judge(self, features: Array, review: Review | None) -> list[Prediction]:
         """Predictions from features [B, 2048]."""
-        probabilities = softmax(head_logits(self.head, features))
         distances = self.novelty.distance(features) if self.novelty else None
-        predictions = []
-        for i, row in enumerate(probabilities):
-            best = int(row.argmax())
-            confidence = float(row[best])
-            distance = None if distances is None else float(distances[i])
-            predictions.append(
-                Prediction(
-                    self.class_names[best],
-                    confidence,
-                    {n: float(p) for n, p in zip(self.class_names, row, strict=True)},
-                    novelty=distance,
-                    review=None
-                    if review is None or distance is None
-                    else review.reason(confidence, distance),
-                )
+        judged = judge(head_logits(self.head, features), distances, review)
+        return [
+            Prediction(None, None, {}, reason)
+            if failed
+            else Prediction(
+                self.class_names[label],
+                float(confidence),
+                dict(zip(self.class_names, map(float, probabilities), strict=True)),
+                novelty=None if np.isnan(distance) else float(distance),
+                review=reason,
             )
-        return predictions
+            for failed, probabilities, label, confidence, distance, reason in zip(
+                *judged, strict=True
+            )
+        ]
 
 
 def save(

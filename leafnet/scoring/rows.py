@@ -7,6 +7,7 @@ what is wrong with one of them. B photographs, S image size, C classes, D featur
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,7 @@ from numpy.typing import NDArray
 
 import leafnet
 from leafnet.data.images import DECODER_VERSION
-from leafnet.metrics.scores import softmax
-from leafnet.metrics.thresholds import Review
+from leafnet.metrics.thresholds import Review, judge
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
 Array = NDArray[np.float32]
@@ -96,37 +96,30 @@ def rows(
     decoded = np.flatnonzero(pc.is_null(photographs["reason"]).to_numpy())
     if len(decoded) != len(logits):
         raise ValueError(f"{len(logits)} rows of logits for {len(decoded)} decoded photographs")
+    judged = judge(logits, novelty, review)
     reasons = np.array(photographs["reason"].to_pylist(), object)
-    finite = np.isfinite(logits).all(axis=1)
-    reasons[decoded[~finite]] = "not-finite: the network gave no number for it"
-    scored = decoded[finite]
-    probabilities = np.zeros((count, len(class_names)), np.float32)
-    if len(scored):
-        probabilities[scored] = softmax(logits[finite])
-    best = probabilities.argmax(axis=1)
-    confidence = probabilities[np.arange(count), best]
-    distances = np.full(count, np.nan, np.float32)
-    if novelty is not None:
-        distances[scored] = novelty[finite]
-
-    status = np.full(count, "failed", object)
-    status[scored] = "ok"
-    for i in scored:
-        told = review and review.reason(float(confidence[i]), float(distances[i]))
-        if told:
-            status[i], reasons[i] = "review", told
+    reasons[decoded] = judged.reasons
     failed = np.ones(count, bool)
-    failed[scored] = False
+    failed[decoded] = judged.failed
+    status = np.where(failed, "failed", np.where(reasons == None, "ok", "review"))  # noqa: E711
+
+    def spread(values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the decoded photographs, at their rows among all."""
+        found = np.zeros((count, *values.shape[1:]), values.dtype)
+        found[decoded] = values
+        return found
+
+    distances = spread(judged.novelty)
     names = np.array(class_names, object)
     now = datetime.now(UTC)
     columns = {
         "image": photographs["image"],
         "version": photographs["version"],
         "status": pa.array(status),
-        "label": pa.array(names[best], pa.string(), mask=failed),
-        "confidence": pa.array(confidence, mask=failed),
+        "label": pa.array(names[spread(judged.label)], pa.string(), mask=failed),
+        "confidence": pa.array(spread(judged.confidence), mask=failed),
         "probabilities": pa.StructArray.from_arrays(
-            [pa.array(np.ascontiguousarray(column)) for column in probabilities.T],
+            [pa.array(np.ascontiguousarray(column)) for column in spread(judged.probabilities).T],
             fields=list(output.field("probabilities").type),
             mask=pa.array(failed),
         ),

@@ -695,6 +695,17 @@ def test_the_network_is_built_once_for_a_precision(
     assert told == [{"batch_size": 4, "precision": "float32"}] * 2
 
 
+def test_features_that_are_no_numbers_give_an_error_and_no_label(tmp_path: Path) -> None:
+    save(tmp_path, review=REVIEW)
+    features = np.zeros((2, weights.FEATURES), np.float32)
+    features[0, 3] = np.nan
+    photographs = [as_jpeg(np.zeros((8, 8, 3), np.uint8))] * 2
+    bad, good = bundle.load(str(tmp_path)).predict(photographs, features=lambda pixels: features)
+    assert bad == bundle.Prediction(None, None, {}, "not-finite: the network gave no number for it")
+    assert good.label in CLASSES
+    assert good.error is None
+
+
 def test_predictions_say_why_a_person_should_look(tmp_path: Path) -> None:
     features = np.zeros((2, weights.FEATURES), np.float32)
     features[1] = 1e6
