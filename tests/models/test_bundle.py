@@ -627,7 +627,7 @@ def test_predictions_are_softmax_of_the_head_on_each_photograph_in_its_place(
 
 
 def test_a_batch_without_a_photograph_asks_for_no_features(tmp_path: Path) -> None:
-    save(tmp_path, review=REVIEW)  # without a measure of novelty nothing is for review
+    save(tmp_path, review=REVIEW)  # without a measure of novelty, as in a night, by confidence
 
     def features(pixels: np.ndarray) -> np.ndarray:
         return np.zeros((len(pixels), weights.FEATURES), np.float32)
@@ -636,7 +636,7 @@ def test_a_batch_without_a_photograph_asks_for_no_features(tmp_path: Path) -> No
         [b"no", b"no", as_jpeg(np.zeros((8, 8, 3), np.uint8))], batch_size=2, features=features
     )
     assert [prediction.label is None for prediction in found] == [True, True, False]
-    assert found[2].review is None
+    assert found[2].review == "low-confidence: 0.333 is under 0.750"
 
 
 class Network:
@@ -676,7 +676,7 @@ def test_the_network_is_built_once_for_a_precision(
         return Network()
 
     monkeypatch.setattr(resnet, "build", build)
-    monkeypatch.setattr(hardware, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(hardware, "_processor", lambda: ("", frozenset({"amx_bf16"})))
     photograph = as_jpeg(np.full((32, 32, 3), 9, np.uint8))
     pixels = np.full((3, 32, 32, 3), 9, np.uint8)
     for precision in ("float32", "float32", "auto", "bfloat16", "float32"):
