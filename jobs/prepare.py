@@ -15,7 +15,7 @@ exit codes:
 
 
 def run(settings: PrepareSettings) -> None:
-    listing = sources.look(settings.source)
+    listing = sources.look(settings.source, evaluation=settings.split == "0/0/100")
     # Only now that the source is known to be right: Ray takes seconds to import.
     from leafnet.preparation import prepare
 

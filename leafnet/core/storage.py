@@ -351,6 +351,26 @@ def list_files(url: str) -> list[File]:
     ]
 
 
+def objects(folder: str, start: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object below the remote `folder` whose name below it begins with `start`.
+
+    Its name, and what fsspec's `info` tells of it. Hidden ones and those with `//` in the name are
+    among them. S3 is asked a page at a time, so that memory holds one.
+    """
+    fs, path = filesystem(folder)
+    with _told(folder):
+        if hasattr(fs, "pages"):
+            bucket, _, key = path.partition("/")
+            prefix = f"{key.rstrip('/')}/" if key else ""
+            for info in fs.pages(bucket, prefix + start):
+                yield info["Key"][len(prefix) :], info
+            return
+        below = len(path.rstrip("/")) + 1
+        for name, info in sorted(fs.find(path, detail=True).items()):
+            if info.get("type", "file") == "file" and name[below:].startswith(start):
+                yield name[below:], info
+
+
 def list_names(url: str) -> list[str]:
     """Names of the files and folders directly in `url`, sorted; empty when there is none."""
     fs, path = filesystem(url)

@@ -24,13 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# What cameras, tools and people leave beside photographs. Any other file in a class folder is
-# taken for a photograph, so that a broken one is told and not passed over.
-SIDECAR_SUFFIXES = (
-    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".xml", ".yaml", ".yml"),
-    *(".html", ".ini", ".db", ".log", ".cls"),
-)
-
 Pixels = NDArray[np.uint8]
 
 # Raise it whenever the same bytes would give other pixels: it is part of the model, of the feature

@@ -6,6 +6,7 @@ keys, the settings and the seed, never on the order in which photographs were re
 In shapes N is the number of photographs, U that of distinct hashes, P that of pairs.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from leafnet.core.errors import UserError
 from leafnet.data.groups import Ints
 from leafnet.data.shards import SPLITS
 from leafnet.preparation.duplicates import drop, duplicate_rows, near_pairs
-from leafnet.preparation.examples import NONE, TRAIN, Examples, Policy, read_examples
+from leafnet.preparation.examples import NONE, TEST, TRAIN, Bools, Examples, Policy, read_examples
+from leafnet.preparation.samples import check_spelling
 from leafnet.preparation.splits import assign_splits
 
 REJECTED_SCHEMA = pa.schema(
@@ -46,17 +48,23 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
 
     Raises:
         UserError: what is left cannot be trained on.
+        RuntimeError: a photograph would be lost without a word.
     """
     read = read.sort_by("key")
     good = read.filter(pc.is_null(read["reason"]))
-    rejected = read.filter(pc.is_valid(read["reason"])).select(REJECTED_SCHEMA.names)
+    rejected = rejected_of(read)
     if not good.num_rows:
         reasons = _counted(rejected["reason"].to_pylist())
         raise UserError(
-            "nothing-readable", f"none of the {read.num_rows:,} photographs can be used: {reasons}"
+            "nothing-readable",
+            f"none of the {read.num_rows:,} photographs can be used: {reasons}; "
+            f"{commonest(rejected)}",
         )
     examples = read_examples(good)
-    _check_classes(examples, set(pc.unique(read["label"]).to_pylist()) - {None}, source)
+    listed = set(pc.unique(read["label"]).to_pylist()) - {None}
+    evaluation = policy.shares[TRAIN] == 0 and not has_splits
+    evaluation |= has_splits and set(examples.split.tolist()) == {TEST}
+    _check_classes(examples, listed, source, evaluation=evaluation)
     pairs = near_pairs(examples.hash, policy.near_distance)
     dropped = {
         "other-label": np.zeros(examples.label.size, np.bool_),
@@ -69,7 +77,9 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
         drop(examples, pairs.inverse, (pairs.a, pairs.b), dropped)
     gone = dropped["other-label"] | dropped["other-split"]
     split, notes = assign_splits(examples, ~gone, pairs, policy, has_splits)
-    _check_training(examples, split, source)
+    _check_balance(read, rejected, gone, split)
+    if not evaluation:
+        _check_training(examples, split, dropped["other-label"], source)
     counts = {
         name: {
             class_name: int(np.sum((split == i) & (examples.label == c)))
@@ -89,7 +99,7 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
         shard_rows=shard_rows,
         rows=rows,
         counts=counts,
-        rejected=rejected.cast(REJECTED_SCHEMA),
+        rejected=rejected,
         duplicates=duplicates,
         dropped={why: int(mask.sum()) for why, mask in dropped.items()},
         notes=tuple(notes),
@@ -101,7 +111,42 @@ def _counted(reasons: Sequence[str]) -> str:
     return ", ".join(f"{count:,} {value}" for value, count in zip(values, counts, strict=True))
 
 
-def _check_classes(examples: Examples, listed: set[str], source: str) -> None:
+def rejected_of(read: pa.Table) -> pa.Table:
+    """The photographs with a reason, of REJECTED_SCHEMA, by key."""
+    found = read.filter(pc.is_valid(read["reason"])).select(REJECTED_SCHEMA.names)
+    return found.sort_by("key").cast(REJECTED_SCHEMA)
+
+
+def commonest(rejected: pa.Table) -> str:
+    """The first photograph with the commonest reason, and what is wrong with it.
+
+    >>> rows = [("a", "empty", "no bytes"), ("b", "cut", "cut off"), ("c", "cut", "cut off")]
+    >>> columns = [list(column) for column in zip(*rows)]
+    >>> commonest(pa.table(columns, schema=REJECTED_SCHEMA))
+    'such as b: cut off'
+    """
+    reasons = rejected["reason"].to_pylist()
+    ((reason, _),) = Counter(reasons).most_common(1)
+    row = reasons.index(reason)
+    return f"such as {rejected['key'][row]}: {rejected['message'][row]}"
+
+
+def _check_balance(read: pa.Table, rejected: pa.Table, gone: Bools, split: Ints) -> None:
+    """read = kept + rejected + dropped, or nothing is written.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    kept, dropped = int(np.sum(split != NONE)), int(gone.sum())
+    if kept + rejected.num_rows + dropped != read.num_rows:
+        raise RuntimeError(
+            f"{read.num_rows:,} photographs were read, and {kept:,} kept + {rejected.num_rows:,} "
+            f"rejected + {dropped:,} dropped are not as many"
+        )
+
+
+def _check_classes(examples: Examples, listed: set[str], source: str, *, evaluation: bool) -> None:
+    check_spelling(source, examples.class_names)
     lost = listed - set(examples.class_names)
     if lost:
         raise UserError(
@@ -109,7 +154,7 @@ def _check_classes(examples: Examples, listed: set[str], source: str) -> None:
             f"no photograph of the class {min(lost)} of {source} can be read; repair them or "
             "remove the class",
         )
-    if len(examples.class_names) < 2:
+    if len(examples.class_names) < 2 and not evaluation:
         raise UserError(
             "one-class",
             f"--source {source} has one class only, {examples.class_names[0]}; a classifier "
@@ -117,14 +162,23 @@ def _check_classes(examples: Examples, listed: set[str], source: str) -> None:
         )
 
 
-def _check_training(examples: Examples, split: Ints, source: str) -> None:
+def _check_training(examples: Examples, split: Ints, dropped: Bools, source: str) -> None:
     trained = np.bincount(examples.label[split == TRAIN], minlength=len(examples.class_names))
-    for name in np.array(examples.class_names)[trained == 0]:
-        total = int(np.sum(examples.label == examples.class_names.index(name)))
+    for number in np.flatnonzero(trained == 0).tolist():
+        of_class = examples.label == number
+        why = "add photographs, or see --duplicates, --split and --group"
+        if (twice := np.flatnonzero(of_class & dropped)).size:
+            first = int(twice[0])
+            same = (examples.pixels == examples.pixels[first]) & ~of_class
+            other = examples.keys[int(np.flatnonzero(same)[0])] if same.any() else "another"
+            why = (
+                f"{twice.size:,} were dropped since the same picture is under another label, such "
+                f"as {examples.keys[first]} and {other}: remove one of the two"
+            )
         raise UserError(
             "class-without-training",
-            f"the class {name} of {source} has no training example left ({total:,} readable); add "
-            "photographs, or see --duplicates, --split and --group",
+            f"the class {examples.class_names[number]} of {source} has no training example left "
+            f"({int(of_class.sum()):,} readable); {why}",
         )
 
 

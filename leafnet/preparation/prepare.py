@@ -37,7 +37,7 @@ from leafnet.data.shards import SPLITS, Shard, ShardIndex
 from leafnet.distributed import heartbeat, session
 from leafnet.preparation import examples, samples, sources
 from leafnet.preparation.examples import Policy
-from leafnet.preparation.plan import Plan, decide
+from leafnet.preparation.plan import Plan, commonest, decide, rejected_of
 from leafnet.preparation.samples import Listing, Sample
 from leafnet.preparation.settings import PrepareSettings
 
@@ -100,7 +100,7 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
         with terminal.log_to(out, _LOG):
             _say_listing(listing)
             index, plan, read = _prepare(settings, listing, out, held)
-            _say_results(index, plan, read, time.monotonic() - began)
+            _say_results(index, plan, listing, read, time.monotonic() - began)
             terminal.result(
                 shards=out, fingerprint=index.fingerprint, read=read, counts=index.counts
             )
@@ -127,6 +127,7 @@ def _prepare(
             "listing_sha256": listing.fingerprint,
             "settings": _decisive(settings),
             "read": read,
+            "passed_over": listing.passed_over,
             "rejected": dict(Counter(plan.rejected["reason"].to_pylist())),
             "duplicates": dict(Counter(plan.duplicates["kind"].to_pylist())),
             "dropped": plan.dropped,
@@ -155,7 +156,7 @@ def _make_shards(
         seed=settings.seed,
     )
     metadata = read.select(examples.READ_SCHEMA.names)
-    plan = decide(metadata, policy, has_splits=listing.has_splits, source=listing.source)
+    plan = _decide(metadata, policy, listing, out)
     for note in plan.notes:
         say(note)
     held.check()
@@ -165,6 +166,24 @@ def _make_shards(
             storage.delete(storage.join(out, name))
     written = _write(read, plan, staging, out, row_group=settings.row_group)
     return plan, written, read.num_rows
+
+
+def _decide(read: pa.Table, policy: Policy, listing: Listing, out: str) -> Plan:
+    """The plan; where there can be none, the reasons are written all the same."""
+    if listing.layout != "tars" and read.num_rows != listing.examples:
+        raise RuntimeError(
+            f"{listing.examples:,} photographs were listed and {read.num_rows:,} read"
+        )
+    try:
+        return decide(read, policy, has_splits=listing.has_splits, source=listing.source)
+    except UserError as error:
+        rejected = rejected_of(read)
+        # Beside a data set that is to be replaced, they would be taken for its own.
+        if not rejected.num_rows or storage.exists(storage.join(out, shards.INDEX_NAME)):
+            raise
+        url = storage.join(out, REJECTED)
+        _write_table(url, rejected)
+        raise UserError(error.reason, f"{error}; all reasons are in {url}") from None
 
 
 # Before the work
@@ -566,7 +585,22 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float) -> None:
+def _balance(index: ShardIndex, plan: Plan, listing: Listing, read: int) -> str:
+    """What became of all that was found."""
+    kept = sum(map(index.examples, SPLITS))
+    parts = {
+        "kept": kept,
+        "rejected": plan.rejected.num_rows,
+        "dropped": sum(plan.dropped.values()),
+    }
+    told = " + ".join(f"{count:,} {what}" for what, count in parts.items())
+    others = sum(listing.passed_over.values())
+    return f"{read:,} photographs = {told}" + (f"; {others:,} other files" if others else "")
+
+
+def _say_results(
+    index: ShardIndex, plan: Plan, listing: Listing, read: int, seconds: float
+) -> None:
     splits = [split for split in SPLITS if index.examples(split)]
     rows = [
         [name, *(f"{index.counts[split][name]:,}" for split in splits)]
@@ -576,11 +610,12 @@ def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float) -> No
     say()
     terminal.table("examples", ["class", *splits], [*rows, totals])
     say()
+    say(f"found       {_balance(index, plan, listing, read)}")
     rejected = Counter(plan.rejected["reason"].to_pylist())
     told = f"{rejected.total():,} of {read:,}"
     if rejected:
-        told += f" ({', '.join(f'{n:,} {reason}' for reason, n in rejected.most_common())}): "
-        told += storage.join(index.root, REJECTED)
+        told += f" ({', '.join(f'{n:,} {reason}' for reason, n in rejected.most_common())}), "
+        told += f"{commonest(plan.rejected)}; all: {storage.join(index.root, REJECTED)}"
     say(f"rejected    {told}")
     kinds = Counter(plan.duplicates["kind"].to_pylist())
     told = ", ".join(f"{kinds[kind]:,} {kind}" for kind in ("exact", "near"))
@@ -595,4 +630,5 @@ def _say_results(index: ShardIndex, plan: Plan, read: int, seconds: float) -> No
     say(f"shards      {len(index.shards):,}, {_megabytes(size)}: {index.root}")
     say(f"fingerprint {index.fingerprint[:16]}")
     say(f"took        {terminal.duration(seconds)}, log: {storage.join(index.root, _LOG)}")
-    say(f"next        python jobs/train.py --shards {index.root} --name NAME")
+    job = "train.py --name NAME" if index.examples("train") else "evaluate.py --model MODEL"
+    say(f"next        python jobs/{job} --shards {index.root}")

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import posixpath
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from leafnet.core.errors import UserError
-from leafnet.core.storage import File
+from leafnet.data.listing import Found
 
 Layout = Literal["folders", "parquet", "tars"]
 
@@ -26,20 +28,18 @@ ITEM_SCHEMA = pa.schema(
     ]
 )
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "test": "test",
-    "testing": "test",
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "dev", "devel", "development"), "valid"),
+    # As the `datasets` library has them.
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm", ".pgm"),
+
+# Words beside a split's that say nothing: train_set, split=train, test-images.
+_FILLERS = frozenset(
+    ("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "photos", "split", "part")
 )
-NO_CLASS = frozenset({"__MACOSX"})
+
 # Of a Parquet file whose column `key` names each example: leafnet's own, which knows it is unique.
 WITH_KEYS = {"leafnet": "examples with keys"}
 
@@ -67,6 +67,9 @@ class Listing:
     label_names: tuple[str, ...]  # what whole-number labels mean; empty: their own digits
     notes: tuple[str, ...]  # what a person should know about it
     fingerprint: str  # sha256 over names and sizes
+    passed_over: dict[str, int] = field(default_factory=dict)  # kind -> files, or whole folders
+    tables: tuple[str, ...] = ()  # files beside the photographs that name classes
+    classes: Mapping[str, set[str]] | None = None  # by split; None: not known before it is read
 
     @property
     def examples(self) -> int | None:
@@ -79,10 +82,10 @@ class Listing:
         return int(sum(self.items["size"].to_pylist()))
 
 
-def fingerprint(files: Iterable[tuple[str, File]]) -> str:
+def fingerprint(files: Iterable[Found]) -> str:
     digest = hashlib.sha256()
-    for name, file in files:
-        digest.update(json.dumps([name, file.size]).encode() + b"\n")
+    for file in files:
+        digest.update(json.dumps([file.name, file.size]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -97,6 +100,31 @@ def some(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(ordered[:limit]) + more
 
 
+def split_words(name: str) -> tuple[str | None, str, bool]:
+    """The split that one word of a name tells, the other words, and whether it is at an end.
+
+    >>> split_words("training_set"), split_words("split=dev"), split_words("train2017")
+    (('train', '', True), ('valid', '', True), ('train', '', True))
+    >>> split_words("PlantVillage_test"), split_words("contest")
+    (('test', 'plantvillage', True), (None, 'contest', False))
+    """
+    words = []
+    for word in re.findall(r"[^\W\d_]+", name.lower()):
+        short = re.sub(r"(set|data|images)$", "", word)
+        words.append(short if short in _SPLIT_WORDS else word)
+    words = [word for word in words if word not in _FILLERS]
+    told = [word for word in words if word in _SPLIT_WORDS]
+    at_end = bool(words) and (words[0] in _SPLIT_WORDS or words[-1] in _SPLIT_WORDS)
+    split = _SPLIT_WORDS[told[0]] if told else None
+    return split, " ".join(word for word in words if word not in told[:1]), at_end
+
+
+def split_of_value(value: str) -> str | None:
+    """The split that a value of a column tells; None: none, or two."""
+    split, rest, _ = split_words(value)
+    return None if any(word in _SPLIT_WORDS for word in rest.split()) else split
+
+
 def split_of_name(name: str) -> str | None:
     """The split that a container's path tells, by a folder or by a word of the file name.
 
@@ -104,24 +132,31 @@ def split_of_name(name: str) -> str | None:
     ('train', 'test')
     >>> split_of_name("leaves-000.tar")
     """
-    *folders, last = name.split("/")
-    words = folders + re.split(r"[-_. ]", last)
-    return next((SPLIT_NAMES[w.lower()] for w in words if w.lower() in SPLIT_NAMES), None)
+    parts = posixpath.splitext(name)[0].split("/")
+    return next((split for part in parts if (split := split_words(part)[0])), None)
 
 
-def check_classes(source: str, classes: Mapping[str, set[str]]) -> None:
-    """Check the class names of each split ("train" alone where there are no splits).
+def check_classes(
+    source: str, classes: Mapping[str, set[str]], *, evaluation: bool = False
+) -> list[str]:
+    """Check the class names of each split ("train" alone where there are no splits); notes.
+
+    `evaluation`: nothing is to be trained on it, so that one class is enough.
 
     Raises:
-        UserError: no training examples, one class only, or a class that training never sees.
+        UserError: valid without train, one class only, classes that differ in case alone, or a
+            class that training never sees.
     """
+    check_spelling(source, set().union(*classes.values()))
     train = classes.get("train", set())
+    if set(classes) == {"test"}:
+        return ["a test split alone: the data set is for evaluation, not for training"]
     if not train:
         raise UserError(
             "no-train-split",
             f"--source {source} has {some(classes)} but no train examples",
         )
-    if len(train) < 2:
+    if len(train) < 2 and not evaluation:
         raise UserError(
             "one-class",
             f"--source {source} has one class only, {some(train)}; a classifier needs at least two",
@@ -134,6 +169,32 @@ def check_classes(source: str, classes: Mapping[str, set[str]]) -> None:
                 f"{split} of {source} has {some(unknown)}, which train has not "
                 f"({some(train)}); name the classes alike in all splits",
             )
+    return []
+
+
+def check_spelling(source: str, names: Iterable[str]) -> None:
+    """Refuse class names that differ in case alone: other readers take them for one.
+
+    Raises:
+        UserError: there are two.
+    """
+    spelled: dict[str, str] = {}
+    for name in sorted(names):
+        other = spelled.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(
+                "class-twice",
+                f"--source {source} has the classes {other} and {name}, which differ in case "
+                "alone; give them one name",
+            )
+
+
+def class_name(text: str) -> str | None:
+    """A class name as it is kept: NFC, without spaces around it; None: it is empty.
+
+    A Mac writes `û` as two characters and others as one, which look the same.
+    """
+    return unicodedata.normalize("NFC", text).strip() or None
 
 
 def settle_splits(source: str, items: list[dict[str, Any]]) -> bool:
@@ -167,7 +228,7 @@ def label_text(value: Any, names: Sequence[str]) -> str | None:
             return names[value] if 0 <= value < len(names) else None
         # The Hub's way to say that the labels of a test split are withheld.
         return str(value) if value >= 0 else None
-    return str(value).strip() or None if value is not None else None
+    return class_name(str(value)) if value is not None else None
 
 
 def damaged(

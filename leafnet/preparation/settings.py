@@ -52,8 +52,9 @@ class PrepareSettings(Settings):
     @classmethod
     def _shares_add_up(cls, value: str) -> str:
         shares = [int(share) for share in value.split("/")]
-        if sum(shares) != 100 or not shares[0]:
+        if sum(shares) != 100 or (not shares[0] and shares[1:] != [0, 100]):
             raise ValueError(
-                f"the three shares must add up to 100 with some for train, got {value}"
+                "the three shares must add up to 100 with some for train, or be 0/0/100 for a data "
+                f"set to evaluate on, got {value}"
             )
         return value

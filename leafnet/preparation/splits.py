@@ -36,7 +36,7 @@ def assign_splits(
         examples.label[carved], group[carved], (shares[0], shares[1], shares[2]), seed=policy.seed
     )
     for i in (VALID, TEST):
-        if has_splits and i not in there:
+        if has_splits and i not in there and TRAIN in there:
             count = int(np.sum(split == i))
             notes.append(
                 f"the source has no {SPLITS[i]} split: {count:,} photographs of train become it"

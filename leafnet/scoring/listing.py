@@ -5,15 +5,10 @@ gets its reason when it is read.
 """
 
 import glob
-import os
 import posixpath
-import re
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,9 +17,11 @@ import pyarrow.parquet as pq
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.data import listing as files_of
 from leafnet.data import shards
-from leafnet.data.images import SIDECAR_SUFFIXES
+from leafnet.data.listing import Found, PassedOver
 from leafnet.data.shards import Shard
+from leafnet.data.tables import SUFFIXES, columns, read_table
 
 Kind = Literal["folder", "prefix", "glob", "list", "shards", "file"]
 
@@ -39,11 +36,11 @@ SCHEMA = pa.schema(
     ]
 )
 
-_LISTS = (".txt", ".lst", ".parquet")
-_URL_COLUMNS = ("image", "url", "path", "file", "uri")
+_TEXTS = (".txt", ".lst")
+_LISTS = (*_TEXTS, *SUFFIXES, ".parquet")
+_URL_COLUMNS = ("image", "url", "path", "file", "uri", "file_name", "filename")
 _CHUNK = 65_536
 _INFO_THREADS = 32
-_MAGIC = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True)
@@ -54,57 +51,50 @@ class Listing:
     kind: Kind
     photographs: pa.Table  # of SCHEMA
     notes: tuple[str, ...]  # what a person should know about it
+    passed_over: dict[str, int] = field(default_factory=dict)  # kind -> files, or whole folders
 
 
 def look(images: str) -> Listing:
     """List the photographs at `images`: a folder, prefix, glob, list of URLs or leafnet shards.
 
-    In folders, hidden files and what people and tools leave beside photographs (.txt, .json, …)
-    are passed over and told; any other file is taken for a photograph.
+    What `data.listing` passes over, in lists too, is counted; any other file is taken for a
+    photograph.
 
     Raises:
-        UserError: nothing is there, or a list that is none.
+        UserError: nothing is there, a list that is none, or a file of another kind.
     """
     images = storage.absolute(images)
-    fs, path = storage.filesystem(images)
+    passed = PassedOver()
     if storage.is_file(images):
-        name = posixpath.basename(path)
-        if name == shards.INDEX_NAME and _is_index(images):
-            return _of_shards(posixpath.dirname(images))
-        if posixpath.splitext(name)[1].lower() in _LISTS:
-            return _of_list(images)
-        return Listing(images, "file", _table([_described(images)]), ())
+        return _of_one(images)
     if storage.is_folder(images):
         if _is_index(storage.join(images, shards.INDEX_NAME)):
             return _of_shards(images)
-        return _of_files(images, "folder", _in_folder(images))
-    if glob.has_magic(path):
-        # `**` brings folders too, and fsspec's glob returns only what exists.
-        found = _of_infos(images, fs.glob(path, detail=True))
-        return _not_empty(_of_files(images, "glob", found))
-    return _not_empty(_of_files(images, "prefix", _with_prefix(images)))
-
-
-def version(info: Mapping[str, Any]) -> str:
-    """What changes when the content of a file does, from fsspec's `info` of it.
-
-    >>> version({"ETag": '"9a0364"', "size": 3}), version({"mtime": 12.5, "size": 3})
-    ('9a0364', '12.5-3')
-    """
-    for key in ("ETag", "etag", "e_tag", "md5Hash", "content_md5"):
-        if info.get(key):
-            return str(info[key]).strip('"')
-    times = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
-    time = next((info[key] for key in times if info.get(key)), "")
-    # One listing of a filesystem gives seconds and another a date.
-    time = time.timestamp() if isinstance(time, datetime) else time
-    return f"{time}-{info.get('size')}"
-
-
-def _not_empty(found: Listing) -> Listing:
+        return _of_files(images, "folder", files_of.walk(images, passed), passed)
+    kind: Kind = "glob" if glob.has_magic(images) else "prefix"
+    found = _of_files(images, kind, files_of.matching(images, passed), passed)
     if not found.photographs.num_rows:
-        raise UserError("no-images", f"--images {found.images}: nothing is there")
+        told = "".join(f"; {note}" for note in found.notes) or ": nothing is there"
+        raise UserError("no-images", f"--images {images}{told}")
     return found
+
+
+def _of_one(url: str) -> Listing:
+    name = posixpath.basename(url)
+    if name == shards.INDEX_NAME and _is_index(url):
+        return _of_shards(posixpath.dirname(url))
+    if name.lower().endswith(_LISTS):
+        return _of_list(url)
+    if files_of.kind_beside(name) or name.lower().endswith(_ARCHIVES):
+        raise UserError(
+            "no-images",
+            f"--images {url} is no photograph; give a folder, a photograph, a pattern such as "
+            f"'in/*.jpg', a data set of jobs/prepare.py, or a list ({', '.join(_LISTS)})",
+        )
+    return Listing(url, "file", _table([_row(files_of.described(url, name))]), ())
+
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def _is_index(url: str) -> bool:
@@ -118,135 +108,19 @@ def _is_index(url: str) -> bool:
 # Files
 
 
-def _of_files(images: str, kind: Kind, found: Iterable[dict[str, Any]]) -> Listing:
-    skipped: Counter[str] = Counter()
-
-    def photographs() -> Iterator[dict[str, Any]]:
-        for row in found:
-            suffix = posixpath.splitext(row["image"])[1].lower()
-            if suffix in SIDECAR_SUFFIXES:
-                skipped[suffix] += 1
-            else:
-                yield row
-
-    table = _table(photographs())
-    notes = []
-    if skipped:
-        told = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(5))
-        notes.append(f"passed over {skipped.total():,} other files ({told})")
-    return Listing(images, kind, table, tuple(notes))
+def _of_files(images: str, kind: Kind, files: Iterable[Found], passed: PassedOver) -> Listing:
+    table = _table(map(_row, files_of.without_beside(files, passed)))
+    return Listing(images, kind, table, passed.notes(), dict(passed.counts))
 
 
-def _in_folder(folder: str) -> Iterator[dict[str, Any]]:
-    """Every file below `folder`, a directory at a time, so that memory holds one of them."""
-    if storage.is_local(folder):
-        yield from _in_local_folder(folder)
-        return
-    fs, path = storage.filesystem(folder)
-    below = len(path.rstrip("/")) + 1
-    for _, _, files in fs.walk(path, detail=True):
-        for info in files.values():
-            name = info["name"][below:]
-            if name and _is_shown(name):
-                yield _row(storage.join(folder, name), info)
-
-
-def _in_local_folder(folder: str) -> Iterator[dict[str, Any]]:
-    # Not fsspec: its answer for a million files takes a gigabyte.
-    folders = [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if not _is_shown(entry.name):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    yield _local_row(entry.path)
-
-
-def _with_prefix(prefix: str) -> Iterator[dict[str, Any]]:
-    fs, path = storage.filesystem(prefix)
-    if storage.is_local(prefix):
-        found = fs.glob(glob.escape(path) + "*", detail=True)
-    else:
-        found = fs.glob(path + "*", detail=True)
-    yield from _of_infos(prefix, found)
-
-
-def _of_infos(asked: str, found: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The files of a glob's answer, and those below the folders in it.
-
-    Hidden ones are among them where the pattern names them, as in a shell.
-    """
-    protocol = "" if storage.is_local(asked) else asked.split("://", 1)[0] + "://"
-    pattern = asked.removeprefix(protocol).lstrip("/")
-    fixed = len(_MAGIC.split(pattern, 1)[0].rpartition("/")[0])
-    if _is_shown(pattern[fixed:].lstrip("/")):
-        found = {
-            name: info
-            for name, info in found.items()
-            if _is_shown(name.lstrip("/")[fixed:].strip("/"))
-        }
-    folders = [name for name, info in found.items() if info.get("type") == "directory"]
-    listed = set()
-    for name, info in found.items():
-        if info.get("type") != "directory":
-            listed.add(name)
-            yield _local_row(name) if not protocol else _row(protocol + name.lstrip("/"), info)
-    for folder in folders:
-        for row in _in_folder(protocol + (folder.lstrip("/") if protocol else folder)):
-            name = row["image"].removeprefix(protocol)
-            if name not in listed and "/" + name not in listed:
-                listed.add(name)
-                yield row
-
-
-def _is_shown(name: str) -> bool:
-    """Hidden files and what is being written are none of ours, as in `storage.list_files`."""
-    return not name.endswith((".tmp", "/")) and not any(
-        part.startswith(".") for part in name.split("/")
-    )
-
-
-def _row(url: str, info: Mapping[str, Any]) -> dict[str, Any]:
-    size = info.get("size")
-    return {
-        "image": url,
-        "version": version(info),
-        "size": None if size is None else int(size),
-        "row": None,
-    }
-
-
-def _local_row(path: str) -> dict[str, Any]:
-    """A row for the path, without a version where no regular file can be reached at it."""
-    row: dict[str, Any] = {"image": _readable(path), "version": None, "size": None, "row": None}
-    try:
-        found = os.stat(path)
-    except OSError:  # a link to nowhere, or gone already
-        return row
-    if stat.S_ISREG(found.st_mode):
-        row |= {"version": f"{found.st_mtime_ns}-{found.st_size}", "size": found.st_size}
-    return row
+def _row(file: Found) -> dict[str, Any]:
+    url = _readable(file.url)
+    return {"image": url, "version": file.version, "size": file.size, "row": None}
 
 
 def _readable(path: str) -> str:
     """`path` as UTF-8, which Parquet demands: other bytes are written as escapes."""
     return path.encode("utf-8", "backslashreplace").decode()
-
-
-def _described(url: str) -> dict[str, Any]:
-    """The row of one URL, asked for by itself."""
-    if storage.is_local(url):
-        return _local_row(storage.absolute(url))
-    try:
-        fs, path = storage.filesystem(url)
-        return _row(url, fs.info(path))
-    # Every filesystem has errors of its own. Without a version the photograph is tried, and its
-    # row then says why it could not be read.
-    except Exception:
-        return {"image": url, "version": None, "size": None, "row": None}
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> pa.Table:
@@ -265,11 +139,13 @@ def _table(rows: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def _of_list(url: str) -> Listing:
-    notes = []
+    versions: list[str | None] | None = None
     if url.lower().endswith(".parquet"):
         urls, versions = _from_parquet(url)
+    elif url.lower().endswith(_TEXTS):
+        urls = _from_text(url)
     else:
-        urls, versions = _from_text(url), None
+        urls = _from_table(url)
     # Relative to the list, which may have been written on another machine.
     folder = posixpath.dirname(url)
     urls = [u if "://" in u or u.startswith("/") else storage.join(folder, u) for u in urls]
@@ -278,15 +154,36 @@ def _of_list(url: str) -> Listing:
     first: dict[str, str | None] = {}
     for i, listed in enumerate(urls):
         first.setdefault(listed, versions[i] if versions else None)
+    notes = []
     if len(first) < len(urls):
         notes.append(f"{len(urls) - len(first):,} of {len(urls):,} lines are repeated")
+    passed = PassedOver()
+    shown = _shown(list(first), passed)
     if versions:
-        rows: Iterable[dict[str, Any]] = (
-            {"image": u, "version": v, "size": None, "row": None} for u, v in first.items()
-        )
-        return Listing(url, "list", _table(rows), tuple(notes))
-    with ThreadPoolExecutor(_INFO_THREADS) as pool:
-        return Listing(url, "list", _table(pool.map(_described, first)), tuple(notes))
+        rows: Iterable[Found] = (Found(u, u, None, first[u]) for u in shown)
+        table = _table(map(_row, rows))
+    else:
+        with ThreadPoolExecutor(_INFO_THREADS) as pool:
+            table = _table(map(_row, pool.map(lambda u: files_of.described(u, u), shown)))
+    return Listing(url, "list", table, (*notes, *passed.notes()), dict(passed.counts))
+
+
+def _shown(urls: list[str], passed: PassedOver) -> list[str]:
+    """`urls` without what a walk over their common folder would pass over."""
+    try:
+        common = len(posixpath.commonpath([posixpath.dirname(url) for url in urls]))
+    except ValueError:  # none, or some with a protocol and others without
+        common = 0
+    shown = []
+    for url in urls:
+        parts = url[common:].split("/")
+        kinds = (kind for part in parts if (kind := files_of.kind_passed(part)))
+        kind = next(kinds, None) or files_of.kind_beside(url)
+        if kind is None:
+            shown.append(url)
+        else:
+            passed.counts[kind] += 1
+    return shown
 
 
 def _from_text(url: str) -> list[str]:
@@ -298,6 +195,31 @@ def _from_text(url: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def _from_table(url: str) -> list[str]:
+    rows = read_table(url, storage.read_bytes(url))
+    found = columns(rows)
+    # A list of JSON texts, or a CSV of one column without a head.
+    if len(found) == 1 and (not found[0] or found[0].endswith(files_of.IMAGE_SUFFIXES)):
+        head = [_head(url)] if found[0] else []
+        return head + [str(row[found[0]]) for row in rows]
+    column = next((name for name in _URL_COLUMNS if name in found), None)
+    if column is None:
+        raise _no_column(url, found)
+    return [str(row[column]).strip() for row in rows if row.get(column)]
+
+
+def _head(url: str) -> str:
+    return storage.read_bytes(url).decode("utf-8-sig").splitlines()[0].strip().strip('"')
+
+
+def _no_column(url: str, found: list[str]) -> UserError:
+    return UserError(
+        "bad-list",
+        f"--images {url} has the columns {', '.join(found) or 'of nothing'}; expected one of "
+        f"{', '.join(_URL_COLUMNS)} with a URL in each row",
+    )
+
+
 def _from_parquet(url: str) -> tuple[list[str], list[str | None] | None]:
     try:
         with storage.open_file(url) as file:
@@ -305,10 +227,12 @@ def _from_parquet(url: str) -> tuple[list[str], list[str | None] | None]:
             names = parquet.schema_arrow.names
             column = next((name for name in _URL_COLUMNS if name in names), None)
             if column is None:
+                raise _no_column(url, names)
+            if pa.types.is_nested(of_type := parquet.schema_arrow.field(column).type):
                 raise UserError(
                     "bad-list",
-                    f"--images {url} has the columns {', '.join(names)}; expected one of "
-                    f"{', '.join(_URL_COLUMNS)} with a URL in each row",
+                    f"the column {column} of --images {url} is {of_type}, not URLs; photographs "
+                    "inside Parquet become a data set with jobs/prepare.py, which is scored",
                 )
             wanted = [column] + (["version"] if "version" in names else [])
             table = parquet.read(columns=wanted)

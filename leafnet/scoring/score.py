@@ -158,6 +158,7 @@ def _work(
         "date": staging.date,
         "images": settings.images,
         "listed": photographs.photographs.num_rows,
+        "passed_over": photographs.passed_over,
         "already_done": difference.already_done,
         "tried_again": difference.again,
         "finished_before": int(done.sum()),

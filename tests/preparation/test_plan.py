@@ -485,6 +485,54 @@ def test_nothing_readable() -> None:
     assert caught.value.reason == "nothing-readable"
 
 
+def test_the_commonest_reason_is_told_with_a_photograph() -> None:
+    rows = rows_of({"a": 4, "b": 1})
+    for i, (reason, message) in enumerate([("cut", "1"), ("bad", "x"), ("bad", "y"), ("cut", "2")]):
+        rows[i] |= {"reason": reason, "message": message}
+    rows[4] |= {"reason": "bad", "message": "z"}
+    told = r"5 photographs can be used: 3 bad, 2 cut; such as a/0001.jpg: x$"
+    with pytest.raises(UserError, match=told):
+        decide(rows)
+
+
+def test_a_photograph_without_a_split_is_never_lost_without_a_word() -> None:
+    rows = [*given_splits(), row("more/a/1.jpg"), row("more/b/1.jpg")]
+    with pytest.raises(RuntimeError, match="20 photographs were read, and 18 kept"):
+        decide(rows, has_splits=True)
+
+
+def test_a_data_set_for_evaluation_alone() -> None:
+    """By the shares, or since the source has a test split only; one class is enough."""
+    for_evaluation = Policy(shares=(0, 0, 100))
+    of_test = [row(f"test/a/{i}.jpg", split="test") for i in range(4)]
+    for rows, plan in (
+        (two := rows_of({"a": 5, "b": 3}), decide(two, for_evaluation)),
+        (one := rows_of({"a": 5}), decide(one, for_evaluation)),
+        (of_test, decide(of_test, has_splits=True)),
+    ):
+        assert set(split_of(rows, plan).values()) == {"test"}
+        assert len(plan.rows["number"]) == len(rows)
+        assert not [note for note in plan.notes if "become it" in note]
+
+
+def test_a_class_that_is_there_twice_is_told_with_a_pair() -> None:
+    rows = rows_of({"a": 9, "b": 1, "c": 3})
+    rows = alike(rows, "twin", "a/0000.jpg", "b/0000.jpg")
+    told = (
+        "class b of here has no training example left .1 readable.; 1 were dropped since the same "
+        "picture is under another label, such as b/0000.jpg and a/0000.jpg: remove one"
+    )
+    with pytest.raises(UserError, match=told):
+        decide(rows)
+
+
+def test_classes_that_differ_in_case_alone_are_refused_when_they_are_read() -> None:
+    """Tars tell their classes only then."""
+    with pytest.raises(UserError, match="the classes A and a, which differ in case") as caught:
+        decide(rows_of({"A": 4, "a": 4}))
+    assert caught.value.reason == "class-twice"
+
+
 def test_a_class_that_cannot_be_read() -> None:
     rows = rows_of({"a": 4, "b": 4, "c": 1})
     rows[-1] |= {"reason": "empty", "message": ""}

@@ -71,7 +71,8 @@ def test_class_folders_with_folders_inside_and_files_beside(tmp_path: Path) -> N
     assert not listing.has_splits
     assert listing.examples == 3
     assert listing.size == len("a/odd" + "a/plant 7/2.JPG" + "b/1.jpg")
-    assert listing.notes == ("skipped 3 other files (1 without suffix, 1 .db, 1 .txt)",)
+    assert listing.notes == ("passed over 3 other files (1 LICENSE, 1 .db, 1 .txt)",)
+    assert listing.passed_over == {"LICENSE": 1, ".db": 1, ".txt": 1}
     assert [sample.image for sample in samples(listing)] == [
         b"a/odd",
         b"a/plant 7/2.JPG",
@@ -161,8 +162,8 @@ def test_a_row_group_that_cannot_be_read_is_a_value(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", ["a", "b"])
     listing = sources.look(str(tmp_path))
     (tmp_path / "x.parquet").write_bytes(b"something else")
-    (sample,) = samples(listing)
-    assert sample.reason == "damaged-parquet"
+    # One for each row, so that no photograph is lost without a word.
+    assert [(s.row, s.reason) for s in samples(listing)] == [(i, "damaged-parquet") for i in (0, 1)]
 
 
 def test_tars(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_tar_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None:
         (["train/a/1.jpg", "train/b/1.txt", "test/a/1.jpg"], "empty-class"),
         (["train/a/1.jpg", "train/b/1.jpg", "c/1.jpg"], "mixed-layouts"),
         (["a/1.jpg", "b/1.jpg", "c.tar"], "mixed-layouts"),
-        (["train/a/1.jpg", "train/b/1.jpg", "test/A/1.jpg"], "class-not-in-train"),
+        (["train/a/1.jpg", "train/b/1.jpg", "test/c/1.jpg"], "class-not-in-train"),
         (["test/a/1.jpg", "valid/a/1.jpg"], "no-train-split"),
         (["x.parquet"], "bad-parquet"),
         (["train.tar", "more.tar"], "mixed-layouts"),
@@ -247,7 +248,7 @@ def test_one_folder_too_high_is_told(tmp_path: Path) -> None:
 def test_parquet_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "x.parquet")
     assert refused(tmp_path) == "no-image-column"
-    write_parquet(tmp_path / "x.parquet", ["a", "b"], split=["train", "dev"])
+    write_parquet(tmp_path / "x.parquet", ["a", "b"], split=["train", "other"])
     assert refused(tmp_path) == "unknown-split"
     write_parquet(tmp_path / "x.parquet", [0, 1], names=["a", "b"])
     write_parquet(tmp_path / "y.parquet", [0, 1], names=["b", "a"])
@@ -326,10 +327,7 @@ def test_files_and_folders_that_are_no_photographs(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     listing = sources.look(str(tmp_path))
     assert listing.items["key"].to_pylist() == ["a/1.jpg", "b/1.jpg"]
-    assert set(listing.notes[0].removeprefix("skipped 2 other files ").strip("()").split(", ")) == {
-        "1 .md",
-        "1 .xml",
-    }
+    assert listing.passed_over == {"hidden": 1, "__MACOSX": 1, ".md": 1, ".xml": 1}
 
 
 def test_an_empty_folder_beside_the_splits_is_no_class_of_training(tmp_path: Path) -> None:
@@ -445,7 +443,9 @@ def test_rows_of_parquet_without_a_path_bytes_or_label(tmp_path: Path) -> None:
     assert [s.label for s in found] == ["a", "b", "a", "b", None]
     assert [s.image for s in found] == [b"0", b"1", None, None, None]
     assert [s.reason for s in found] == [None, None, "no-image", "no-image", "no-label"]
-    assert found[2].message == "there are no image bytes"
+    assert found[2].message is not None
+    assert found[2].message.startswith("the column image has no bytes, and nothing is at its path")
+    assert found[3].message == "there are no image bytes"
     assert found[4].message == "the label None names no class"
 
 
@@ -490,8 +490,9 @@ def test_parquet_whose_classes_do_not_fit(tmp_path: Path) -> None:
     assert refused(tmp_path) == "one-class"
     write_parquet(tmp_path / "train.parquet", ["a", "c"])
     assert refused(tmp_path) == "class-not-in-train"
-    (tmp_path / "train.parquet").unlink()
+    (tmp_path / "train.parquet").rename(tmp_path / "valid.parquet")
     assert refused(tmp_path) == "no-train-split"
+    (tmp_path / "valid.parquet").unlink()
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     none = pa.schema([("image", image), ("label", pa.string())]).empty_table()
     pq.write_table(none, tmp_path / "test.parquet")
@@ -574,11 +575,15 @@ def test_folders_in_tars_are_no_samples(tmp_path: Path) -> None:
         folder = tarfile.TarInfo("d.jpg")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        info = tarfile.TarInfo("d.jpg/0.jpg")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"one"))
-    (sample,) = samples(sources.look(str(tmp_path)))
-    assert (sample.key, sample.image, sample.reason) == ("a.tar/d.jpg/0.jpg", None, "no-label")
+        for name in ("d.jpg/0.jpg", "e/0.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"one"))
+    found = samples(sources.look(str(tmp_path)))
+    assert [(s.key, s.label, s.image) for s in found] == [
+        ("a.tar/d.jpg/0.jpg", "d.jpg", b"one"),
+        ("a.tar/e/0.jpg", "e", b"one"),
+    ]
 
 
 @pytest.mark.parametrize("packed", ["tar.gz", "tgz"])
@@ -654,8 +659,6 @@ def test_of_many_names_four_are_told_and_the_rest_counted() -> None:
 def test_columns_of_other_kinds_are_no_photographs(tmp_path: Path) -> None:
     image = [{"bytes": b"x", "path": "x.jpg"}]
     for columns in (
-        {"image": [b"x"], "label": ["a"]},
-        {"image": [{"path": "x.jpg"}], "label": ["a"]},
         {"image": image, "class": ["a"]},
         {"photo": image, "label": ["a"]},
     ):
@@ -663,3 +666,328 @@ def test_columns_of_other_kinds_are_no_photographs(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"found {', '.join(columns)}$") as caught:
             sources.look(str(tmp_path))
         assert caught.value.reason == "no-image-column"
+
+
+# Levels, splits and names
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "test"),
+    [
+        ("training_set", "validation-set", "test_set"),
+        ("split=train", "split=validation", "split=test"),
+        ("train", "dev", "eval"),
+        ("TrainImages", "val_images", "Test Data"),
+        ("train2017", "val2017", "test2017"),
+        ("PlantVillage_train", "PlantVillage_val", "PlantVillage_test"),
+        ("trainset", "devset", "testset"),
+    ],
+)
+def test_splits_in_every_usual_spelling(tmp_path: Path, train: str, valid: str, test: str) -> None:
+    """By folders, by folders around Parquet, by file names, and by values of a column."""
+    told = {train: "train", valid: "valid", test: "test"}
+    touch(tmp_path / "folders", *(f"{s}/{c}/1.jpg" for s in told for c in "ab"))
+    for name in told:
+        write_parquet(tmp_path / "inside" / name / "part-0.parquet", ["a", "b"])
+        write_parquet(tmp_path / "files" / f"{name}.parquet", ["a", "b"])
+    values = [name for name in told for _ in "ab"]
+    write_parquet(tmp_path / "column" / "x.parquet", ["a", "b"] * 3, split=values)
+    for kind in ("folders", "inside", "files", "column"):
+        listing = sources.look(str(tmp_path / kind))
+        assert listing.has_splits
+        found = [(s.key, s.label, s.split) for s in samples(listing)]
+        assert len(found) == 6
+        if kind == "column":
+            assert [split for _, _, split in found] == ["train"] * 2 + ["valid"] * 2 + ["test"] * 2
+            continue
+        for key, label, split in found:
+            (name,) = (name for name in told if key.startswith(name))
+            assert split == told[name]
+            assert label in ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason", "told"),
+    [
+        (
+            ["leaf_train/a/1.jpg", "leaf_train/b/1.jpg", "other/c/1.jpg"],
+            "unclear-split",
+            "leaf_train",
+        ),
+        ([f"{k}/{c}/1.jpg" for k in ("color", "grey") for c in "ab"], "wrong-level", "/color$"),
+        (
+            [f"{c}/{s}/1.jpg" for s in ("train", "test") for c in "ab"],
+            "wrong-level",
+            "train/healthy",
+        ),
+        ([f"train/{k}/{c}/1.jpg" for k in ("x", "y") for c in "ab"], "wrong-level", "train/x$"),
+        (
+            ["a/1.jpg", "b/1.jpg", "all/a/1.jpg", "all/b/1.jpg"],
+            "classes-twice",
+            "the folder all of",
+        ),
+        (["Blight/1.jpg", "blight/1.jpg"], "class-twice", "Blight and blight"),
+        (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg"], "photographs-without-class", "score"),
+        (["blobs/123", "snapshots/abc/a/1.jpg", "snapshots/abc/b/1.jpg"], "hub-cache", "/abc$"),
+        (
+            ["train/data-0.arrow", "train/state.json", "dataset_dict.json"],
+            "save-to-disk",
+            "Parquet",
+        ),
+    ],
+)
+def test_what_names_and_levels_say_is_told_with_the_remedy(
+    tmp_path: Path, names: list[str], reason: str, told: str
+) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match=told) as caught:
+        sources.look(str(tmp_path))
+    assert caught.value.reason == reason
+
+
+def test_numbered_plants_in_every_class_are_no_classes(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{c}/plant_{i}/1.jpg" for c in "ab" for i in range(3)))
+    assert set(sources.look(str(tmp_path)).items["label"].to_pylist()) == {"a", "b"}
+
+
+def test_a_class_may_end_with_the_word_of_a_split(tmp_path: Path) -> None:
+    touch(tmp_path, "steam train/1.jpg", "bus/1.jpg")
+    assert set(sources.look(str(tmp_path)).items["label"].to_pylist()) == {"bus", "steam train"}
+
+
+def test_names_of_classes_are_stored_in_one_way(tmp_path: Path) -> None:
+    composed, apart = "br\u00fblure", "bru\u0302lure"
+    touch(tmp_path / "f", f"{composed}/1.jpg", f"{apart}/2.jpg", "saine/1.jpg")
+    listing = sources.look(str(tmp_path / "f"))
+    assert set(listing.items["label"].to_pylist()) == {composed, "saine"}
+    assert listing.notes[-1].endswith(f"are one class: {composed}")
+    write_parquet(tmp_path / "p" / "x.parquet", [composed, apart, "saine"])
+    assert [s.label for s in samples(sources.look(str(tmp_path / "p")))] == [
+        composed,
+        composed,
+        "saine",
+    ]
+    write_parquet(tmp_path / "n" / "x.parquet", [0, 1], names=[apart, "saine"])
+    assert [s.label for s in samples(sources.look(str(tmp_path / "n")))] == [composed, "saine"]
+    write_tar(tmp_path / "t" / "x.tar", {"0.jpg": b"x", "0.cls": apart.encode()})
+    assert [s.label for s in samples(sources.look(str(tmp_path / "t")))] == [composed]
+
+
+def test_linked_photographs_classes_and_splits_are_read(tmp_path: Path) -> None:
+    store = touch(tmp_path / "store", "v/a/1.jpg", "v/b/1.jpg", "b/2.jpg")
+    root = touch(tmp_path / "in", "train/a/1.jpg")
+    (root / "valid").symlink_to(store / "v")
+    (root / "train" / "b").symlink_to(store / "b")
+    listing = sources.look(str(root))
+    assert listing.items["key"].to_pylist() == [
+        "train/a/1.jpg",
+        "train/b/2.jpg",
+        "valid/a/1.jpg",
+        "valid/b/1.jpg",
+    ]
+    assert all(s.image for s in samples(listing))
+    (root / "test").symlink_to(store / "gone")
+    with pytest.raises(UserError, match=f"the link {root}/test leads to {store}/gone") as caught:
+        sources.look(str(root))
+    assert caught.value.reason == "broken-link"
+
+
+def test_a_test_split_alone_is_for_evaluation(tmp_path: Path) -> None:
+    listing = sources.look(str(touch(tmp_path, "test/a/1.jpg", "test/b/1.jpg")))
+    assert listing.has_splits
+    assert listing.notes[-1].startswith("a test split alone")
+    alone = touch(tmp_path / "one", "a/1.jpg")
+    assert refused(alone) == "one-class"
+    assert sources.look(str(alone), evaluation=True).examples == 1
+
+
+# Types of columns
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("label", "of_type"),
+    [
+        ([1, 2], pa.list_(pa.int64())),
+        ({"x": 1}, pa.struct([("x", pa.int64())])),
+        (1.0, pa.float64()),
+        (b"a", pa.binary()),
+        (None, pa.null()),
+        (True, pa.bool_()),
+        (0, pa.timestamp("s")),
+    ],
+)
+def test_labels_of_other_types_are_refused_with_column_and_type(
+    tmp_path: Path, label: Any, of_type: pa.DataType
+) -> None:
+    image = pa.array([{"bytes": b"x", "path": None}] * 2, IMAGE)
+    table = pa.table({"image": image, "labels": pa.array([label] * 2, of_type)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    told = pq.read_schema(tmp_path / "x.parquet").field("labels").type
+    with pytest.raises(UserError) as caught:
+        sources.look(str(tmp_path))
+    assert caught.value.reason == "label-type"
+    assert f"the column labels of {tmp_path}/x.parquet is {told}; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "of_type",
+    [pa.int8(), pa.uint64(), pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())],
+)
+def test_labels_that_are_texts_or_whole_numbers_are_read(
+    tmp_path: Path, of_type: pa.DataType
+) -> None:
+    values = [0, 1] if pa.types.is_integer(of_type) else ["0", "1"]
+    image = pa.array([{"bytes": b"x", "path": None}] * 2, IMAGE)
+    pq.write_table(
+        pa.table({"image": image, "label": pa.array(values, of_type)}), tmp_path / "x.parquet"
+    )
+    assert [s.label for s in samples(sources.look(str(tmp_path)))] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [(["aGk="] * 2, "base64"), ([{"bytes": "aGk="}] * 2, "base64"), ([b"x"] * 2, "encoded bytes")],
+)
+def test_images_of_other_types_are_refused_with_column_and_type(
+    tmp_path: Path, image: list[Any], remedy: str
+) -> None:
+    pq.write_table(pa.table({"image": image, "label": ["a", "b"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=f"the column image of .*: .*{remedy}") as caught:
+        sources.look(str(tmp_path))
+    assert caught.value.reason == "image-type"
+
+
+def test_a_split_column_in_some_files_only(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["a", "b", "a"], split=["train", "train", "test"])
+    write_parquet(tmp_path / "b.parquet", ["a", "b"])
+    with pytest.raises(
+        UserError, match=r"a\.parquet has a column split and b\.parquet has neither"
+    ):
+        sources.look(str(tmp_path))
+    (tmp_path / "b.parquet").rename(tmp_path / "valid.parquet")
+    found = samples(sources.look(str(tmp_path)))
+    assert [s.split for s in found] == ["train", "train", "test", "valid", "valid"]
+
+
+def test_parts_without_rows_say_nothing_of_splits(tmp_path: Path) -> None:
+    for name in ("train-0", "test-0", "more-0"):
+        write_parquet(tmp_path / f"{name}.parquet", ["a", "b"])
+    empty = pq.read_table(tmp_path / "train-0.parquet").slice(0, 0)
+    pq.write_table(empty, tmp_path / "part-3.parquet")
+    with pytest.raises(UserError, match=r"more-0\.parquet does not"):
+        sources.look(str(tmp_path))
+    (tmp_path / "more-0.parquet").unlink()
+    listing = sources.look(str(tmp_path))
+    assert (listing.has_splits, listing.examples) == (True, 4)
+    assert listing.notes == ("passed over 1 Parquet files without rows",)
+
+
+# Layouts that people have
+
+
+def test_parquet_with_paths_and_no_bytes(tmp_path: Path) -> None:
+    """Absolute, below the Parquet file, below the source, and gone."""
+    touch(tmp_path, "images/1.jpg", "data/2.jpg", "images/3.jpg")
+    paths = [str(tmp_path / "images/1.jpg"), "2.jpg", "images/3.jpg", "gone.jpg"]
+    images = pa.array([{"bytes": None, "path": path} for path in paths], IMAGE)
+    table = pa.table({"image": images, "label": ["a", "b", "a", "b"]})
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    found = samples(sources.look(str(tmp_path)))
+    assert [s.image for s in found] == [b"images/1.jpg", b"data/2.jpg", b"images/3.jpg", None]
+    assert found[3].reason == "no-image"
+    assert "nothing is at its path gone.jpg" in str(found[3].message)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_metadata_as_the_datasets_library_reads_it(tmp_path: Path, suffix: str) -> None:
+    """It says more than the folders; a photograph that it does not name has no label."""
+    touch(tmp_path, "train/x/1.jpg", "train/y/2.jpg", "train/3.jpg", "test/4.jpg")
+    for split, rows in (
+        ("train", [("x/1.jpg", "a"), ("y/2.jpg", "b")]),
+        ("test", [("4.jpg", "a")]),
+    ):
+        lines = [json.dumps({"file_name": n, "label": c, "note": "x"}) for n, c in rows]
+        if suffix == "csv":
+            lines = ["file_name,label", *(f"{n},{c}" for n, c in rows)]
+        (tmp_path / split / f"metadata.{suffix}").write_text("\n".join(lines))
+    listing = sources.look(str(tmp_path))
+    found = {s.key: (s.label, s.split, s.reason) for s in samples(listing)}
+    assert found == {
+        "train/x/1.jpg": ("a", "train", None),
+        "train/y/2.jpg": ("b", "train", None),
+        "train/3.jpg": (None, "train", "no-label"),
+        "test/4.jpg": ("a", "test", None),
+    }
+    assert listing.passed_over == {}
+
+
+def test_a_csv_of_labels_beside_photographs(tmp_path: Path) -> None:
+    """Kaggle's: names without folder, also without suffix; submissions are no labels."""
+    touch(tmp_path, "images/p1.jpg", "images/p2.jpg", "images/p3.jpg")
+    (tmp_path / "train.csv").write_text(
+        "image;labels\np1.jpg;scab, rust\np2;healthy\ngone;healthy\n"
+    )
+    (tmp_path / "sample_submission.csv").write_text("image,labels\np3.jpg,healthy\n")
+    listing = sources.look(str(tmp_path))
+    assert not listing.has_splits
+    found = {s.key: (s.label, s.reason) for s in samples(listing)}
+    assert found == {
+        "gone": ("healthy", "not-found"),
+        "images/p1.jpg": ("scab, rust", None),
+        "images/p2.jpg": ("healthy", None),
+        "images/p3.jpg": (None, "no-label"),
+    }
+    assert "labels from train.csv: 2 of 3 photographs" in listing.notes
+
+
+def test_a_photograph_with_two_labels_in_tables_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.jpg", "images/2.jpg")
+    (tmp_path / "x.csv").write_text("image,label\n1.jpg,a\n2.jpg,b\n1.jpg,b\n")
+    assert refused(tmp_path) == "two-labels"
+
+
+def test_labels_in_json_and_keys_with_dots_in_tars(tmp_path: Path) -> None:
+    """The key ends at the first dot and the last extension decides, as in webdataset."""
+    files = {
+        "0.jpg": b"0", "0.json": b'{"label": "a", "n": 1}', "1.jpg": b"1", "1.json": b'"b"',
+        "a.v1.jpg": b"2", "a.v1.cls": b"a", "b.rgb.png": b"3", "b.cls": b"b",
+        "f_2024.05.01.jpg": b"4", "f_2024.05.01.cls": b"a",
+        "f_2024.05.02.jpg": b"5", "f_2024.05.02.cls": b"b",
+        "c.left.png": b"6", "c.right.png": b"7", "c.cls": b"a",
+    }  # fmt: skip
+    write_tar(tmp_path / "x.tar", files)
+    found = [
+        (s.key.removeprefix("x.tar/"), s.label, s.image)
+        for s in samples(sources.look(str(tmp_path)))
+    ]
+    assert found == [
+        ("0.jpg", "a", b"0"),
+        ("1.jpg", "b", b"1"),
+        ("a.v1.jpg", "a", b"2"),
+        ("b.rgb.png", "b", b"3"),
+        ("f_2024.05.01.jpg", "a", b"4"),
+        ("f_2024.05.02.jpg", "b", b"5"),
+        ("c.left.png", "a", None),
+    ]
+
+
+def test_tars_of_class_folders(tmp_path: Path) -> None:
+    names = [f"photos/{s}/{c}/1.jpg" for s in ("train", "test") for c in "ab"]
+    write_tar(tmp_path / "p.tar", {name: name.encode() for name in [*names, "photos/.x/y.jpg"]})
+    listing = sources.look(str(tmp_path))
+    assert listing.has_splits
+    assert [(s.key, s.label, s.split, s.image) for s in samples(listing)] == [
+        (f"p.tar/{name}", name.split("/")[2], name.split("/")[1], name.encode()) for name in names
+    ]
+
+
+def test_what_spark_leaves_is_no_photograph(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet" / "part-0.parquet", ["a", "b"])
+        touch(tmp_path / f"{split}.parquet", "_SUCCESS", "._SUCCESS.crc", "odd")
+    listing = sources.look(str(tmp_path))
+    assert (listing.layout, listing.has_splits, listing.examples) == ("parquet", True, 4)
+    assert listing.passed_over == {"_SUCCESS": 2, "hidden": 2, "without suffix": 2}

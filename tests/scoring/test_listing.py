@@ -1,7 +1,5 @@
 import os
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +31,8 @@ def test_folder(root: str) -> None:
     found = listing.look(root + "/")
     assert names(found, root) == ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]
     assert found.kind == "folder"
-    assert found.notes == ("passed over 1 other files (1 .txt)",)
+    assert found.notes == ("passed over 2 other files (1 hidden, 1 .txt)",)
+    assert found.passed_over == {"hidden": 1, ".txt": 1}
     assert sorted(found.photographs["size"].to_pylist()) == [7, 7, 7, 13]
     assert found.photographs["row"].null_count == 4
 
@@ -175,43 +174,11 @@ def test_a_photograph_is_listed_once_however_often_it_matches(
     assert names(listing.look(storage.join(root, pattern)), root) == expected
 
 
-@pytest.mark.parametrize(("protocol", "slash"), [("s3://", ""), ("memory://", "/"), ("", "/")])
-def test_folders_of_a_glob_give_what_it_has_not_given(
-    protocol: str, slash: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some filesystems begin paths with a slash, and others do not."""
-    start = protocol or slash
-
-    def in_folder(folder: str) -> list[dict[str, str]]:
-        of_folder = {f"{start}b/d": ["1", "e/2", "e/3"], f"{start}b/d/e": ["2", "3"]}
-        return [{"image": f"{folder}/{name}"} for name in of_folder[folder]]
-
-    monkeypatch.setattr(listing, "_in_folder", in_folder)
-    matched = {"b/d": "directory", "b/d/1": "file", "b/d/e": "directory", "b/4": "file"}
-    found = {slash + name: {"type": kind, "size": 7} for name, kind in matched.items()}
-    images = [row["image"] for row in listing._of_infos(f"{start}b/**", found)]
-    assert images == [f"{start}b/{name}" for name in ("d/1", "4", "d/e/2", "d/e/3")]
-
-
 def test_hidden_files_and_those_being_written_are_passed_over(root: str) -> None:
     for name in (".git/a.jpg", "deep/.cache/b.jpg", "deep/c.jpg.tmp", ".tmp", "deep/x.tmp.jpg"):
         storage.write_bytes(storage.join(root, name), b"x")
     expected = ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png", "deep/x.tmp.jpg"]
     assert names(listing.look(root), root) == expected
-
-
-def test_a_marker_of_a_folder_is_no_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Consoles of object stores make an empty object `name/` for a new folder."""
-
-    class Store:
-        def walk(self, path: str, *, detail: bool) -> list[Any]:
-            assert detail
-            files = [{"name": f"b/in/{name}", "ETag": name, "size": 3} for name in ("", "a", "d/")]
-            return [(path, {}, {str(i): info for i, info in enumerate(files)})]
-
-    monkeypatch.setattr(storage, "filesystem", lambda url: (Store(), "b/in/"))
-    (row,) = listing._in_folder("s3://b/in/")
-    assert row == {"image": "s3://b/in/a", "version": "a", "size": 3, "row": None}
 
 
 def local_version(path: Path, content: bytes, *, mtime_ns: int) -> tuple[str, str, int]:
@@ -232,42 +199,15 @@ def test_version_of_a_file_is_its_time_and_its_size(tmp_path: Path) -> None:
     assert local_version(path, b"three", mtime_ns=now + 1)[0] == f"{now + 1}-5"
 
 
-def test_version_from_what_a_filesystem_tells() -> None:
-    moment = datetime(2026, 11, 1, 12, tzinfo=UTC)
-    seconds = moment.timestamp()
-    assert listing.version({"mtime": 12.5, "size": 3}) != listing.version({"mtime": 13, "size": 3})
-    assert listing.version({"mtime": 12.5, "size": 3}) != listing.version(
-        {"mtime": 12.5, "size": 4}
-    )
-    for key in ("LastModified", "last_modified", "Last-Modified", "updated", "created", "mtime"):
-        assert listing.version({key: moment, "size": 3}) == f"{seconds}-3"
-        assert listing.version({key: seconds, "size": 3}) == f"{seconds}-3"
-    for key in ("ETag", "etag", "e_tag", "md5Hash", "content_md5"):
-        assert listing.version({key: '"abc"', "mtime": 1, "size": 3}) == "abc"
-    assert listing.version({"ETag": "", "mtime": 1.5, "size": 3}) == "1.5-3"
-    assert listing.version({"size": 3}) == "-3"
-
-
-def test_a_size_that_is_not_known(root: str) -> None:
-    assert listing._row("s3://b/a", {"ETag": "1"})["size"] is None
-    assert listing._row("s3://b/a", {"ETag": "1", "size": 0})["size"] == 0
-
-
-def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"x")
-    (tmp_path / "again").symlink_to(tmp_path)
-    rows = listing.look(str(tmp_path)).photographs.to_pylist()
-    found = {row["image"]: (row["version"] is None, row["size"]) for row in rows}
-    assert found == {f"{tmp_path}/a.jpg": (False, 1), f"{tmp_path}/again": (True, None)}
-
-
 def test_the_five_most_frequent_kinds_of_other_files_are_told(root: str) -> None:
     kinds = {".csv": 6, ".json": 5, ".md": 4, ".xml": 3, ".log": 2, ".TXT": 1}
     for kind, count in kinds.items():
         for i in range(count):
             storage.write_bytes(storage.join(root, f"{i}{kind}"), b"x")
     told = "6 .csv, 5 .json, 4 .md, 3 .xml, 2 .log"
-    assert listing.look(f"{root}/[0-9a]*").notes == (f"passed over 21 other files ({told})",)
+    assert listing.look(f"{root}/[0-9a]*").notes == (
+        f"passed over 21 other files ({told} and 1 more)",
+    )
     assert listing.look(f"{root}/a-").notes == ()
 
 
@@ -382,18 +322,21 @@ def test_examples_of_several_shards(root: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['["shards", "class_names"]', '{"shards": []}', "3", "no JSON", '{"class_names": []}']
+    "text",
+    ['[{"shards": 1, "class_names": 2}]', '{"shards": []}', "3", "no JSON", '{"class_names": []}'],
 )
 def test_an_index_of_others_is_a_file_of_theirs(root: str, text: str) -> None:
     storage.write_bytes(storage.join(root, "index.json"), text.encode())
     assert names(listing.look(root), root) == ["a-1.jpg", "a-2.jpg", "b-1.jpg", "deep/er/c.png"]
-    assert listing.look(storage.join(root, "index.json")).kind == "file"
+    with pytest.raises(UserError):  # no list of photographs, and no photograph
+        listing.look(storage.join(root, "index.json"))
 
 
 def test_an_index_of_shards_is_told_by_its_name_and_its_keys(root: str) -> None:
     text = b'{"shards": [], "class_names": []}'
     storage.write_bytes(storage.join(root, "other.json"), text)
-    assert listing.look(storage.join(root, "other.json")).kind == "file"
+    with pytest.raises(UserError, match="is no list of rows"):
+        listing.look(storage.join(root, "other.json"))
     storage.write_bytes(storage.join(root, "index.json"), text)
     with pytest.raises(UserError):  # it is one of shards, and says not enough
         listing.look(root)
@@ -424,3 +367,58 @@ def test_a_list_with_a_secret_is_refused_before_anything_is_stored(
         listing.look(str(tmp_path / "tonight.txt"))
     assert told.value.reason == "secret-in-url"
     assert "pass" not in str(told.value).replace("password", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("photos.csv", "Image;label\na-1.jpg;x\ndeep/er/c.png;y\n"),
+        ("photos.tsv", "id\tfile_name\n1\ta-1.jpg\n2\tdeep/er/c.png\n"),
+        ("photos.csv", "a-1.jpg\ndeep/er/c.png\n"),
+        ("photos.jsonl", '{"url": "a-1.jpg"}\n\n{"url": "deep/er/c.png"}\n'),
+        ("photos.json", '["a-1.jpg", "deep/er/c.png"]'),
+    ],
+)
+def test_lists_of_every_kind_name_photographs(root: str, name: str, text: str) -> None:
+    storage.write_bytes(storage.join(root, name), text.encode())
+    found = listing.look(storage.join(root, name))
+    assert (names(found, root), found.kind) == (["a-1.jpg", "deep/er/c.png"], "list")
+
+
+def test_a_table_without_photographs_is_refused_with_its_columns(root: str) -> None:
+    storage.write_bytes(storage.join(root, "x.csv"), b"plant,date\n1,2026\n")
+    with pytest.raises(UserError, match="has the columns plant, date; expected one of image"):
+        listing.look(storage.join(root, "x.csv"))
+
+
+@pytest.mark.parametrize("name", ["clip.MOV", "photos.zip", "night.xlsx", "photos.tar"])
+def test_a_file_of_another_kind_is_no_failed_photograph(root: str, name: str) -> None:
+    storage.write_bytes(storage.join(root, name), b"x")
+    with pytest.raises(UserError, match=f"{name} is no photograph; give a folder") as caught:
+        listing.look(storage.join(root, name))
+    assert caught.value.reason == "no-images"
+
+
+def test_a_parquet_data_set_is_no_list(tmp_path: Path) -> None:
+    image = [{"bytes": b"x", "path": "x.jpg"}]
+    pq.write_table(pa.table({"image": image, "label": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"the column image of .* is struct<.*jobs/prepare\.py"):
+        listing.look(str(tmp_path / "x.parquet"))
+
+
+def test_a_list_passes_over_what_a_folder_does(tmp_path: Path) -> None:
+    """`find . > list.txt` names them all."""
+    for name in ("a.jpg", "@eaDir/a.jpg/S.jpg", ".x.jpg", "b/IMG.MOV", "b/c.jpg.part", "b/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = listing.look(str(tmp_path))
+    every = sorted(str(p) for p in tmp_path.rglob("*") if p.is_file())
+    (tmp_path / "list.txt").write_text("\n".join(every))
+    of_list = listing.look(str(tmp_path / "list.txt"))
+    assert sorted(of_list.photographs["image"].to_pylist()) == [
+        f"{tmp_path}/a.jpg",
+        f"{tmp_path}/b/d.jpg",
+    ]
+    assert found.photographs.sort_by("image").equals(of_list.photographs.sort_by("image"))
+    told = {"hidden": 1, "@eaDir": 1, ".mov": 1, "being written": 1}
+    assert found.passed_over == of_list.passed_over == told
