@@ -15,7 +15,7 @@ from leafnet.core import storage
 from leafnet.metrics import drift
 from leafnet.metrics.drift import Histogram
 from leafnet.reporting import charts
-from leafnet.scoring import ledger, thumbnails
+from leafnet.scoring import ledger, shares, thumbnails
 from leafnet.scoring.ledger import Published
 
 _NAMES = 50  # photographs that are named for each reason of failure
@@ -46,6 +46,7 @@ class Night:
     failures: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # slug -> image, why
     others: Counter[str] = field(default_factory=Counter)  # model id -> rows of other models
     places: list[tuple[Floats, Floats, NDArray[np.int64]]] = field(default_factory=list)
+    answers: list[NDArray[np.float32]] = field(default_factory=list)  # probabilities [N, C]
     waiting: pa.Table | None = None  # rows for review that a person should see first
 
     @property
@@ -53,8 +54,8 @@ class Night:
         """How many photographs there are."""
         return self.status.total()
 
-    def add(self, rows: pa.Table) -> None:
-        """Count some rows of `_COLUMNS`."""
+    def add(self, rows: pa.Table, *, every: int = 1) -> None:
+        """Count some rows of `_COLUMNS`; of `every` so many the probabilities of one are kept."""
         self.status.update(_counts(rows["status"]))
         self.labels.update(_counts(rows["label"]))
         review = rows.filter(pc.equal(rows["status"], "review"))
@@ -64,6 +65,7 @@ class Night:
         self._add_failed(rows.filter(pc.equal(rows["status"], "failed")))
         scored = rows.filter(pc.is_valid(rows["label"]))
         self.confidence = _added(self.confidence, scored["confidence"])
+        self.answers.append(shares.probabilities(scored["probabilities"], every=every))
         if self.novelty is not None:
             self.novelty = _added(self.novelty, scored["novelty"])
         placed = scored.filter(pc.is_valid(scored["latitude"]))
@@ -82,6 +84,11 @@ class Night:
             named = self.failures.setdefault(slug, [])
             if len(named) < _NAMES:
                 named.append((row["image"], told))
+
+    def probabilities(self) -> NDArray[np.float32]:
+        """Of the photographs that did not fail, or of some evenly from all, [N, C]."""
+        empty = np.empty((0, len(self.classes)), np.float32)
+        return np.concatenate([empty, *self.answers])
 
     def placed(self) -> charts.Placed:
         """The positions, of at most `_MAX_PLACES` photographs."""
@@ -137,8 +144,9 @@ def read(
             if of != model_id:
                 night.others[of] += parquet.metadata.num_rows
                 continue
+            every = shares.every(parquet.metadata.num_rows)
             for batch in parquet.iter_batches(65_536, columns=list(_COLUMNS)):
-                night.add(pa.Table.from_batches([batch]))
+                night.add(pa.Table.from_batches([batch]), every=every)
     return night
 
 

@@ -25,7 +25,7 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.metrics import drift
 from leafnet.reporting import charts, pages
-from leafnet.scoring import ledger, thumbnails
+from leafnet.scoring import fields, ledger, shares, thumbnails
 from leafnet.scoring.ledger import Published
 from leafnet.scoring.night import Earlier, Night, earlier_nights, failure_slugs, read, summaries
 from leafnet.scoring.staging import Staging
@@ -167,6 +167,7 @@ def _content(
     images = str(last.get("images", ""))
     distributions = _distributions(night, model, reference)
     ordered = _ordered(night, earlier)
+    holds = not any(entry["shift"] and entry["shift"].is_large for entry in distributions)
     return {
         "date": date,
         "night": night,
@@ -181,6 +182,8 @@ def _content(
         "alarms": _alarms(night, earlier, distributions, last),
         "labels": _labels(night, earlier, ordered),
         "shares": _shares(night, earlier, ordered, date),
+        "told": shares.told(night.probabilities(), classes, model, holds=holds),
+        "fields": fields.of_night(date, recent, last, classes, ordered, holds=holds),
         "distributions": distributions,
         "map": _map(night, ordered),
         "sheet": _sheet(out, night, tonight, images, ordered, model.get("review") or {}),

@@ -31,7 +31,7 @@ from leafnet.models.bundle import Bundle
 from leafnet.models.engine import measuring, ways
 from leafnet.models.rates import Way, correct
 from leafnet.reporting import pages
-from leafnet.scoring import explain, ledger, listing, telemetry, thumbnails
+from leafnet.scoring import explain, fields, ledger, listing, shares, telemetry, thumbnails
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.ledger import Difference
 from leafnet.scoring.listing import Listing
@@ -121,6 +121,8 @@ def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None
         retries=settings.retries,
     )
     _say_listing(photographs, difference)
+    if settings.field is not None:
+        fields.refuse_no_match(settings.field, photographs.photographs, flag="--field")
     listed_s = time.monotonic() - began
     if not difference.todo.any():
         if found:
@@ -460,7 +462,8 @@ def _publish(
 def _validated(model: Bundle, *, int8: bool) -> Summary:
     """The model's thresholds, and what validation was like, for the night to be compared with."""
     of = model.description.get("int8", {}) if int8 else model.description
-    return {name: of[name] for name in ("review", "reference") if name in of}
+    found = {name: of[name] for name in ("review", "reference") if name in of}
+    return found | shares.validated(model.description)
 
 
 def _finish(staging: Staging, out: str) -> Summary:

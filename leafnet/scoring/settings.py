@@ -56,6 +56,11 @@ class ScoreSettings(Settings):
         description="show class activation maps beside the photographs for review in the report, "
         "for 500 at most; that many take half a minute on two cores at the end of the night",
     )
+    field: str | None = Field(
+        None,
+        description="what tells the field of a photograph, for the report's table by field: a "
+        "regular expression on its URL, or a GeoJSON file of polygons with the property name",
+    )
     gpu: Gpu = "auto"
     workers: Count = Field(
         "auto",

