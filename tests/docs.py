@@ -68,6 +68,7 @@ WHEN = {
     "views": "Few photographs (more), little time or disk (fewer)",
     "augment": "Orientation matters, as in photographs with text",
     "precision_target": "Reviewing is cheap (higher), or costs more than a mistake (lower)",
+    "precision_guarantee": "A mistake that nobody reviews is costly: 0.9 or 0.95",
     "int8": "Nights run on CPUs, and have to be faster",
     "cross_validate": "Few photographs: one split says little",
     "explain": "Seconds matter more than the maps",

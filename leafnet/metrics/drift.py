@@ -17,8 +17,8 @@ from leafnet.metrics.thresholds import Outcomes
 
 BINS = 40
 LARGE = 0.25
-# One night in a thousand is called shifted when it is not.
-_CHANCE = 0.001
+# Three nights in ten thousand are called shifted when they are not, in confidence or in novelty.
+_CHANCE = 0.0003
 # Smaller groups of the reference make the index a matter of chance.
 _GROUP_SHARE = 0.08
 

@@ -1,17 +1,23 @@
 """When a person should look at a photograph instead of the model's answer being taken."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
+from leafnet.metrics.rounding import apart
 from leafnet.metrics.scores import softmax
 
 # Threshold of confidence above every confidence.
 REVIEW_ALL = 2.0
-# Share of the validation photographs that may lie above the threshold of novelty.
+# Share of photographs like those of validation that may lie above the threshold of novelty.
 _UNLIKE = 0.01
+
+# Thresholds of confidence that are tried where one is to hold on others too.
+_TRIED = 10
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,15 @@ class Review:
         """
         told = []
         if novelty > self.novelty:
-            told.append(f"unlike-training: novelty {novelty:.4g} is over {self.novelty:.4g}")
+            told.append(
+                "unlike-training: novelty {} is over {}".format(
+                    *apart(novelty, self.novelty, ".4g")
+                )
+            )
         if confidence < self.confidence:
-            told.append(f"low-confidence: {confidence:.3f} is under {self.confidence:.3f}")
+            told.append(
+                "low-confidence: {} is under {}".format(*apart(confidence, self.confidence))
+            )
         return "; ".join(told) or None
 
 
@@ -94,18 +106,36 @@ def outcomes(
     return Outcomes(probabilities[np.arange(len(labels)), predicted], predicted == labels, novelty)
 
 
-def choose(valid: Outcomes, *, precision_target: float) -> Review:
+def choose(valid: Outcomes, *, precision_target: float, guarantee: float | None = None) -> Review:
     """Thresholds from the validation split, which must have examples.
 
-    That of novelty is the smallest distance with at most 1 % of the examples above it.
+    That of novelty is `novelty_rank`'s. That of confidence is `confidence_threshold`'s, or, with a
+    `guarantee`, `guaranteed_threshold`'s.
     """
+    threshold = confidence_threshold if guarantee is None else guaranteed_threshold
+    more = {} if guarantee is None else {"guarantee": guarantee}
+    rank, _ = novelty_rank(len(valid.novelty))
     return Review(
-        confidence=confidence_threshold(
-            valid.confidence, valid.correct, precision_target=precision_target
+        confidence=threshold(
+            valid.confidence, valid.correct, precision_target=precision_target, **more
         ),
         precision_target=precision_target,
-        novelty=float(np.quantile(valid.novelty, 1 - _UNLIKE, method="inverted_cdf")),
+        novelty=float(np.sort(valid.novelty)[rank - 1]),
     )
+
+
+def novelty_rank(examples: int) -> tuple[int, float]:
+    """Which distance of so many is the threshold, the smallest being 1, and the share above it.
+
+    The share is that of new photographs like the examples, on average: 1 % or, where fewer than 99
+    examples cannot tell so little, one in as many and one more (split conformal prediction: Vovk et
+    al. 2005, "Algorithmic Learning in a Random World", proposition 2.2).
+
+    >>> novelty_rank(30)[0], round(novelty_rank(30)[1], 3), novelty_rank(999)
+    (30, 0.032, (990, 0.01))
+    """
+    rank = min(examples, math.ceil((examples + 1) * (1 - _UNLIKE) - 1e-9))
+    return rank, (examples + 1 - rank) / (examples + 1)
 
 
 def confidence_threshold(
@@ -116,7 +146,7 @@ def confidence_threshold(
     It is the smallest t among `confidence` such that at least the share `precision_target` of the
     examples with confidence >= t is correct; 0.0 when all examples together are that good, and
     `REVIEW_ALL` when no t is. A threshold chosen so holds on these examples; on others like them
-    it holds up to chance, which is large where few examples are above it.
+    the share is about as often below the target as above it.
 
     Args:
         confidence: [N], N >= 1.
@@ -142,6 +172,45 @@ def confidence_threshold(
     if not enough.size:
         return REVIEW_ALL
     return 0.0 if enough[-1] == len(correct) - 1 else float(confidence[enough[-1]])
+
+
+def guaranteed_threshold(
+    confidence: NDArray[np.float32],
+    correct: NDArray[np.bool_],
+    *,
+    precision_target: float,
+    guarantee: float,
+) -> float:
+    """The lowest of ten thresholds at which `precision_target` holds on other examples too.
+
+    The thresholds leave a tenth, two tenths … of the examples on their trusted side. Of each the
+    exact one-sided bound of Clopper and Pearson is taken, and what it may err is shared among the
+    ten (Bonferroni, as in "Learn then Test": Angelopoulos et al. 2021, arXiv:2110.01052, section
+    2.3): with at least the probability `guarantee` over the draw of these examples, of others like
+    them the share `precision_target` of those that are trusted is right, or none is trusted.
+
+    Args:
+        confidence: [N], N >= 1.
+        correct: [N].
+        precision_target: share in (0, 1].
+        guarantee: probability in (0, 1).
+
+    >>> sure = np.linspace(0.5, 1, 1000, dtype=np.float32)
+    >>> round(guaranteed_threshold(sure, sure > 0.6, precision_target=0.95, guarantee=0.9), 2)
+    0.6
+    >>> guaranteed_threshold(sure[:20], sure[:20] > 0, precision_target=0.95, guarantee=0.9)
+    2.0
+    """
+    ordered = np.sort(confidence)[::-1]
+    ranks = np.unique(np.ceil(np.arange(1, _TRIED + 1) * len(ordered) / _TRIED).astype(int))
+    for rank in ranks[::-1]:
+        trusted = confidence >= ordered[rank - 1]
+        count, right = int(trusted.sum()), int(correct[trusted].sum())
+        allowed = (1 - guarantee) / _TRIED
+        low = betaincinv(right, count - right + 1, allowed) if right else 0.0
+        if low >= precision_target:
+            return 0.0 if count == len(ordered) else float(ordered[rank - 1])
+    return REVIEW_ALL
 
 
 def effect(outcomes: Outcomes, review: Review) -> dict[str, Any]:

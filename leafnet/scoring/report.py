@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.metrics import drift
+from leafnet.metrics.nights import RATE, number_falls, share_differs
 from leafnet.reporting import charts, pages
 from leafnet.scoring import fields, ledger, shares, thumbnails
 from leafnet.scoring.ledger import Published
@@ -38,6 +39,7 @@ _THUMBNAILS = "thumbnails"  # below REPORTS; a file for each run
 NIGHTS = 28  # that a night is compared with
 # Fewer nights say little of what is usual.
 _ENOUGH_NIGHTS = 7
+_WORTH = 0.05  # beyond the shares of all nights before, that is worth telling
 _SECOND = 0.1  # probability of another class that is worth telling
 
 # What `thumbnails.wanted` decides on, and what a thumbnail is found by.
@@ -282,32 +284,35 @@ def _alarms(
                 f"shift begins at {entry['shift'].limit:.2f}). {entry['told']} Look at some "
                 "photographs before you trust the counts."
             )
-    if len(earlier) >= _ENOUGH_NIGHTS:
-        told += _unusual(night, [one for one in earlier if one.scored])
+    before = [one for one in earlier if one.scored]
+    if night.scored and len(before) >= _ENOUGH_NIGHTS:
+        told += _unusual(night, before)
     return told
 
 
 def _unusual(night: Night, earlier: Sequence[Earlier]) -> list[str]:
+    """What is outside of all nights before, and more than they and chance leave possible."""
     told = []
-    scored = max(night.scored, 1)
-    usual = median(one.scored for one in earlier)
-    if night.scored < 0.5 * usual:
+    rate = RATE / (len(night.classes) + 2)
+    numbers = [one.scored for one in earlier]
+    usual = median(numbers)
+    if night.scored < 0.5 * usual and number_falls(night.scored, numbers) < rate:
         told.append(
             f"Only {night.scored:,} photographs came; the median of the last {len(earlier)} nights "
             f"is {usual:,.0f}."
         )
-    watched = [("for review", [one.status["review"] / one.scored for one in earlier])]
-    now = {"for review": night.status["review"] / scored}
+    watched = {"for review": (night.status["review"], [one.status["review"] for one in earlier])}
     for label in night.classes:
-        watched.append((label, [one.labels[label] / one.scored for one in earlier]))
-        now[label] = night.labels[label] / scored
-    for what, past in watched:
-        # Outside of all that was, by more than chance moves the share of so few photographs.
-        chance = 3 * (now[what] * (1 - now[what]) / scored) ** 0.5
-        if not min(past) - max(0.05, chance) <= now[what] <= max(past) + max(0.05, chance):
+        watched[label] = (night.labels[label], [one.labels[label] for one in earlier])
+    for what, (count, counts) in watched.items():
+        shares = [one / of for one, of in zip(counts, numbers, strict=True)]
+        now, low, high = count / max(night.scored, 1), min(shares), max(shares)
+        if low - _WORTH <= now <= high + _WORTH:
+            continue
+        if share_differs(count, night.scored, list(zip(counts, numbers, strict=True))) < rate:
             told.append(
-                f"{pages.percent(now[what])} are {what}; on the last {len(past)} nights it was "
-                f"{pages.percent(min(past))} to {pages.percent(max(past))}."
+                f"{pages.percent(now)} are {what}; on the last {len(shares)} nights it was "
+                f"{pages.percent(low)} to {pages.percent(high)}."
             )
     return told
 

@@ -20,7 +20,7 @@ from leafnet.metrics import calibration, drift, prevalence
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics import thresholds as metrics_thresholds
 from leafnet.metrics.scores import tally
-from leafnet.metrics.thresholds import REVIEW_ALL, Review, choose, describe
+from leafnet.metrics.thresholds import REVIEW_ALL, Outcomes, Review, choose, describe
 from leafnet.models import bundle, openvino
 from leafnet.models.classifier import Head
 from leafnet.models.weights import Weights
@@ -103,7 +103,7 @@ def thresholds(
     if "valid" not in result.outcomes:
         say("review    no thresholds: they are chosen on the validation split, which is empty")
         return None, {}
-    chosen = choose(result.outcomes["valid"], precision_target=settings.precision_target)
+    chosen = _choose(settings, result.outcomes["valid"])
     effects = {
         split: metrics_thresholds.effect(outcomes, chosen)
         for split, outcomes in result.outcomes.items()
@@ -115,7 +115,27 @@ def thresholds(
             f"          no confidence gives {settings.precision_target:.0%} right predictions: "
             "every photograph is for review; lower --precision_target or train better"
         )
-    return chosen, {"share_reviewed": effects["valid"]["share_reviewed"], "splits": effects}
+    elif settings.precision_guarantee is None:
+        say(
+            "          chosen and counted on the same validation split: on new photographs the "
+            "target is missed"
+        )
+        say("          about as often as met; --precision_guarantee 0.9 asks for more")
+    _, unlike = metrics_thresholds.novelty_rank(len(result.outcomes["valid"].novelty))
+    return chosen, {
+        "share_reviewed": effects["valid"]["share_reviewed"],
+        "splits": effects,
+        "precision_guarantee": settings.precision_guarantee,
+        "share_unlike_expected": unlike,
+    }
+
+
+def _choose(settings: TrainSettings, valid: Outcomes) -> Review:
+    return choose(
+        valid,
+        precision_target=settings.precision_target,
+        guarantee=settings.precision_guarantee,
+    )
 
 
 def quantized(
@@ -152,7 +172,7 @@ def quantized(
         return None, None, told_of
     say(f"int8      {told}: kept")
     # Rounding to 8 bits moves every photograph away from the training features.
-    chosen = choose(made.outcomes, precision_target=settings.precision_target)
+    chosen = _choose(settings, made.outcomes)
     effect = metrics_thresholds.effect(made.outcomes, chosen)
     say(f"review    valid in int8: {describe(effect)}")
     told_of["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}

@@ -273,6 +273,14 @@ class TrainSettings(Settings):
         description="accuracy on the validation split of the predictions that need no review: sets "
         "the model's confidence threshold [share]",
     )
+    precision_guarantee: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="probability that precision_target holds for new photographs like those of "
+        "validation too, at the price of more review; none: no guarantee, it is missed about as "
+        "often as met [share]",
+    )
     int8: bool = Field(
         False,
         description="quantize the published backbone for OpenVINO on CPUs, unless validation "

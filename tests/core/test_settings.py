@@ -240,6 +240,7 @@ LIMITS: dict[type[Settings], dict[str, tuple[str, str]]] = {
         "views": (WHOLE, "[1, 256]"),
         "batch_size": (WHOLE, "[1, inf)"),
         "precision_target": (REAL, "(0, 1]"),
+        "precision_guarantee": (REAL, "(0, 1)"),
         "seed": (WHOLE, "[0, inf)"),
         "cross_validate": (WHOLE, "[2, inf)"),
         "lock_timeout": (REAL, "[1, inf)"),
@@ -364,6 +365,7 @@ DEFAULTS: dict[type[Settings], str] = {
         augment: true
         batch_size: auto
         precision_target: 0.95
+        precision_guarantee: null
         int8: false
         explain: true
         seed: 0

@@ -79,8 +79,8 @@ def test_the_index_and_its_limit_by_hand() -> None:
     assert found is not None
     # (1/2 - 1/4) ln 2 + (1/2 - 3/4) ln(2/3) = ln(3) / 4.
     assert found.psi == pytest.approx(np.log(3) / 4)
-    # Chi-squared of one degree of freedom is over 10.828 once in a thousand times.
-    assert found.limit == pytest.approx(10.8276 * (1 / 20 + 1 / 8), rel=1e-5)
+    # Chi-squared of one degree of freedom is over 13.070 three times in ten thousand.
+    assert found.limit == pytest.approx(13.0704 * (1 / 20 + 1 / 8), rel=1e-5)
     assert not found.is_large
 
 
@@ -89,7 +89,7 @@ def test_the_limit_is_chi_squared_of_both_sizes(reference: int, night: int) -> N
     expected = Histogram(0.0, 1.0, np.full(6, reference // 6))
     found = shift(expected, expected._replace(counts=np.full(6, night // 6)))
     assert found is not None
-    assert found.limit == pytest.approx(chi2.isf(0.001, df=5) * (1 / reference + 1 / night))
+    assert found.limit == pytest.approx(chi2.isf(0.0003, df=5) * (1 / reference + 1 / night))
 
 
 def test_many_photographs_have_the_usual_limit() -> None:
@@ -115,7 +115,7 @@ def test_the_index_is_of_groups_of_bins() -> None:
     assert found is not None
     p, q = np.array([10, 10, 10, 10]) / 40, np.array([20, 20, 4, 6]) / 50
     assert found.psi == pytest.approx(((p - q) * np.log(p / q)).sum())
-    assert found.limit == pytest.approx(chi2.isf(0.001, df=3) * (1 / 50 + 1 / 40))
+    assert found.limit == pytest.approx(chi2.isf(0.0003, df=3) * (1 / 50 + 1 / 40))
 
 
 def test_groups_are_of_eight_hundredths_at_least() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from leafnet.metrics import thresholds
 from leafnet.metrics.thresholds import REVIEW_ALL, Outcomes, Review
@@ -118,10 +119,52 @@ def test_chosen_thresholds_by_hand() -> None:
     assert thresholds.choose(outcomes, precision_target=0.66).confidence == 0.0
 
 
-@pytest.mark.parametrize(("count", "above"), [(99, 0), (100, 1), (101, 1), (250, 2), (1000, 10)])
-def test_the_threshold_of_novelty_is_the_smallest_with_one_percent_above(
-    count: int, above: int
-) -> None:
+@pytest.mark.parametrize(
+    ("count", "above"), [(30, 0), (99, 0), (101, 0), (199, 1), (250, 1), (1000, 9)]
+)
+def test_the_threshold_of_novelty_has_a_hundredth_of_new_ones_above(count: int, above: int) -> None:
     novelty = np.random.default_rng(0).permutation(count).astype(np.float32)
     outcomes = Outcomes(np.ones(count, np.float32), np.ones(count, bool), novelty)
     assert thresholds.choose(outcomes, precision_target=0.9).novelty == count - 1 - above
+
+
+def simulated(generator: np.random.Generator, count: int) -> Outcomes:
+    """A model that is right as often as its confidence says; precision over t is (1 + t) / 2."""
+    confidence = generator.random(count)
+    return Outcomes(
+        confidence.astype(np.float32),
+        generator.random(count) < confidence,
+        generator.random(count).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("examples", [60, 300, 2000])
+def test_a_guaranteed_precision_holds_on_others_as_often_as_it_says(examples: int) -> None:
+    generator = np.random.default_rng(examples)
+    missed = {None: 0, 0.9: 0}
+    for _ in range(150):
+        valid = simulated(generator, examples)
+        for guarantee in missed:
+            chosen = thresholds.choose(valid, precision_target=0.95, guarantee=guarantee)
+            missed[guarantee] += (1 + chosen.confidence) / 2 < 0.95
+    assert binom.sf(missed[0.9] - 1, 150, 0.1) > 1e-3
+    assert missed[None] > 40, "which is why it is said"
+
+
+@pytest.mark.parametrize("examples", [30, 101, 150, 1000])
+def test_the_share_of_new_photographs_over_the_novelty_is_as_stated(examples: int) -> None:
+    generator, draws = np.random.default_rng(examples), 2000
+    _, stated = thresholds.novelty_rank(examples)
+    assert stated <= max(0.01, 1 / (examples + 1)) + 1e-12
+    over = [
+        1 - thresholds.choose(simulated(generator, examples), precision_target=0.5).novelty
+        for _ in range(draws)
+    ]
+    assert np.mean(over) == pytest.approx(stated, abs=4 * np.std(over) / np.sqrt(draws))
+
+
+def test_a_reason_does_not_contradict_itself_by_rounding() -> None:
+    review = Review(confidence=0.99996, precision_target=0.95, novelty=31.2599)
+    assert review.reason(0.99958, 31.2604) == (
+        "unlike-training: novelty 31.2604 is over 31.2599; low-confidence: 0.9996 is under 1.0000"
+    )
