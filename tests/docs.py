@@ -64,7 +64,6 @@ WHEN = {
     "image_size": "Small lesions (larger, slower), or speed (smaller)",
     "workers": "More than one machine with GPUs, or to leave some to others",
     "score:workers": "Memory runs out (fewer)",
-    "features": "`online` to compare with training that draws new views in every epoch",
     "views": "Few photographs (more), little time or disk (fewer)",
     "augment": "Orientation matters, as in photographs with text",
     "precision_target": "Reviewing is cheap (higher), or costs more than a mistake (lower)",

@@ -10,7 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
 from pydantic import (
@@ -126,6 +126,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Settings of earlier versions, and what to do now; such are refused as unknown ones are.
+    retired: ClassVar[Mapping[str, str]] = {}
+
 
 class RaySettings(Settings):
     """Where the work runs."""
@@ -226,7 +229,8 @@ def parse(
     flags = vars(known)
     if unknown:
         names = [name for name, _ in leaves(settings_class)] + ["config", "help", *_OUTPUT]
-        raise _unknown("flag", unknown[0].split("=")[0], names, prefix="--")
+        given = unknown[0].split("=")[0]
+        raise _unknown("flag", given, names, prefix="--", retired=settings_class.retired)
     config = flags.pop("config", None)
     for name in _OUTPUT:
         flags.pop(name, None)
@@ -399,7 +403,8 @@ def _explain(
     if not first["loc"]:  # several settings that do not go together
         return UserError("bad-settings", first["msg"].removeprefix("Value error, ") + place)
     if first["type"] == "extra_forbidden":
-        return _unknown("setting", given, names + sorted(sections), place=place)
+        names += sorted(sections)
+        return _unknown("setting", given, names, place=place, retired=settings_class.retired)
     # For a union, pydantic names the branch as well, as in `workers.int`.
     name = max(
         (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
@@ -424,9 +429,18 @@ def _is_below(loc: tuple[int | str, ...], name: str) -> bool:
 
 
 def _unknown(
-    kind: str, given: str, names: Sequence[str], *, prefix: str = "", place: str = ""
+    kind: str,
+    given: str,
+    names: Sequence[str],
+    *,
+    prefix: str = "",
+    place: str = "",
+    retired: Mapping[str, str],
 ) -> UserError:
     bare = given.removeprefix("--")
+    if bare in retired:
+        text = f"there is no {kind} {given} any more{place}; {retired[bare]}"
+        return UserError("unknown-setting", text)
     near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5) or [
         name for name in names if name.rsplit(".", 1)[-1] == bare.rsplit(".", 1)[-1]
     ]

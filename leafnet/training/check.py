@@ -66,11 +66,8 @@ def check_search(settings: TrainSettings, index: ShardIndex) -> None:
     Raises:
         UserError: which setting, and why not.
     """
-    wanted = "--head.search" if settings.head.search else "--cross_validate"
     if not settings.head.search and not settings.cross_validate:
         return
-    if settings.features == "online":
-        raise UserError("search-online", f"{wanted} needs --features cached, found online")
     if settings.head.search and not index.examples("valid"):
         raise UserError(
             "no-validation",
@@ -155,5 +152,6 @@ def identity(
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change the result, flat: dotted name -> value."""
-    flat = core_settings.flat(settings)
+    # What version 0.1 stored, which could also draw its views `online`.
+    flat = {"features": "cached"} | core_settings.flat(settings)
     return {name: value for name, value in flat.items() if not name.startswith(_PLACEMENT)}

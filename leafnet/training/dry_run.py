@@ -197,9 +197,6 @@ def _say_time(
         say(f"          {left} come on top")
     else:
         say("time      that of the start and the head; all features are there")
-    if plan.settings.features == "online":
-        passes = plan.settings.head.epochs * plan.index.examples("train")
-        say(f"          and the network over {passes:,} more views, as --features online wants")
 
 
 @contextmanager

@@ -36,9 +36,8 @@ class Plan:
     @property
     def views(self) -> int:
         """Views of each training image in the cache."""
-        # Online draws its own; without augmentation all views are the plain one.
-        cached = self.settings.features == "cached" and self.settings.augment
-        return self.settings.views if cached else 1
+        # Without augmentation all views are the plain one.
+        return self.settings.views if self.settings.augment else 1
 
     @property
     def head_steps(self) -> Steps:

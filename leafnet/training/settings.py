@@ -1,6 +1,6 @@
 """Settings of the job train."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -221,6 +221,10 @@ class MlflowSettings(Settings):
 class TrainSettings(Settings):
     """Settings of jobs/train.py."""
 
+    retired: ClassVar[dict[str, str]] = {
+        "features": "features are always computed once and kept: leave it out"
+    }
+
     shards: Shards
     out: Url = Field("runs", description="folder or URL of all runs")
     name: str = Field(
@@ -254,10 +258,6 @@ class TrainSettings(Settings):
         "start took if that is longer [s]",
     )
     gpu: Gpu = "auto"
-    features: Literal["cached", "online"] = Field(
-        "cached",
-        description="cached: run the frozen backbone once over each view; online: in every epoch",
-    )
     views: int = Field(
         8,
         ge=1,

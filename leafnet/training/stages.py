@@ -110,18 +110,6 @@ def _head_job(run: Run, features: Features, searched: HeadSettings | None = None
     if searched:
         values = searched.model_dump(mode="json").items()
         agreed |= {f"searched.{name}": value for name, value in values}
-    online = None
-    if settings.features == "online":
-        online = head_worker.Online(
-            root=index.root,
-            shards=index.of_split("train"),
-            weights=features.network.reference,
-            image_size=settings.image_size,
-            precision=resources.precision,
-            augment=settings.augment,
-            batch_size=resources.batch_size,
-            shards_cache=index.cache,
-        )
     return HeadJob(
         head=searched or settings.head,
         class_names=index.class_names,
@@ -132,7 +120,6 @@ def _head_job(run: Run, features: Features, searched: HeadSettings | None = None
         cache_root=features.root,
         parts=features.parts,
         views=features.views,
-        online=online,
     )
 
 

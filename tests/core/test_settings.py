@@ -82,6 +82,7 @@ def test_switch_needs_no_value() -> None:
         (["--name", "a"], "missing-setting", "--shards is required"),
         ([*REQUIRED, "--head.epoch", "3"], "unknown-setting", "did you mean --head.epochs?"),
         ([*REQUIRED, "--epochs", "3"], "unknown-setting", "did you mean --head.epochs?"),
+        ([*REQUIRED, "--features", "online"], "unknown-setting", "kept: leave it out"),
         ([*REQUIRED, "--head.epochs"], "bad-flag", "expected one argument"),
         ([*REQUIRED, "--workers", "0"], "bad-value", "--workers cannot be '0': must be auto"),
         ([*REQUIRED, "--batch_size", "some"], "bad-value", "or input should be 'auto'"),
@@ -105,6 +106,7 @@ def test_mistakes_on_the_command_line(argv: list[str], reason: str, message: str
     [
         ("head:\n  epoch: 3\n", "unknown-setting", "head.epoch in FILE; did you mean head.epochs?"),
         ("haed:\n  epochs: 3\n", "unknown-setting", "haed in FILE; did you mean head?"),
+        ("features: cached\n", "unknown-setting", "no setting features any more in FILE; feat"),
         ("workers: 0\n", "bad-value", "--workers cannot be 0 in"),
         ("head: 3\n", "bad-value", "--head cannot be 3 in"),
         ("- 1\n- 2\n", "bad-yaml", "must have lines `setting: value`"),
@@ -360,7 +362,6 @@ DEFAULTS: dict[type[Settings], str] = {
         max_failures: 3
         hang_timeout: 300.0
         gpu: auto
-        features: cached
         views: 8
         augment: true
         batch_size: auto

@@ -22,14 +22,12 @@ from leafnet.data.images import decode
 from leafnet.data.shards import ShardIndex
 from leafnet.data.synthetic import write_photographs
 from leafnet.distributed.resources import Machines
-from leafnet.distributed.worker import Hooks, Place
 from leafnet.evaluation import predict
 from leafnet.features import cache as features_cache
-from leafnet.features import extraction, moments
-from leafnet.features.cache import Plan, assemble, read_part
+from leafnet.features import extraction
+from leafnet.features.cache import Plan, read_part
 from leafnet.features.views import draw_view
 from leafnet.models import bundle, resnet
-from leafnet.models.classifier import initial_head
 from leafnet.models.rates import Way
 from leafnet.models.weights import load_weights
 from leafnet.preparation import prepare, sources
@@ -37,8 +35,6 @@ from leafnet.preparation.settings import PrepareSettings
 from leafnet.scoring import score
 from leafnet.scoring.settings import ScoreSettings
 from leafnet.training import stages
-from leafnet.training.head import fit, worker
-from leafnet.training.head.fit import TrainingData
 from leafnet.training.head.worker import HeadJob
 from leafnet.training.settings import HeadSettings, TrainSettings
 from leafnet.training.train import run
@@ -277,46 +273,6 @@ def test_damaged_and_evicted_parts_are_computed_again(
     monkeypatch.setattr(stages, "_head_job", evict)
     assert train(index, tmp_path, "third") == first
     assert len(evicted) == 1
-
-
-def test_online_features_are_the_cached_ones_and_give_the_same_head(
-    index: ShardIndex, tmp_path: Path
-) -> None:
-    plan = features_cache.plan(str(tmp_path), [(s, 1) for s in index.of_split("train")], seed=0)
-    extract(index, plan)
-    split = assemble(str(tmp_path), plan.parts, 1, path=str(tmp_path / "train.npy"))
-    weights = ray.put(load_weights("random").convolutions)
-    online = worker.Online(
-        index.root, index.of_split("train"), weights, SIZE, "float32", augment=False, batch_size=8
-    )
-    head = HeadSettings(units=(8,), epochs=10, batch_size=8)
-    job = HeadJob(head, index.class_names, 0, 0, {}, "", {}, 1, online)
-    gathers = {
-        "cached": fit.cached_views(split.features, seed=0),
-        "online": worker._online_views(job, online, Hooks()),
-    }
-    rows = np.random.default_rng(0).permutation(split.labels.size)
-    fresh = gathers["online"](rows, 3)
-    np.testing.assert_allclose(split.features[rows, 0], fresh, rtol=2**-11, atol=1e-7)
-
-    mean, deviation = moments.statistics(moments.moments(split.features))
-    heads = {
-        name: fit.fit_head(
-            TrainingData(gather, split.labels, split, mean, deviation),
-            settings=head,
-            num_classes=len(index.class_names),
-            seed=0,
-            place=Place(0, 1),
-            report=lambda row: None,
-        ).head
-        for name, gather in gathers.items()
-    }
-    for cached, online_layer in zip(heads["cached"], heads["online"], strict=True):
-        for one, other in zip(cached, online_layer, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-3)
-    before = initial_head((8,), 3, inputs=2048, seed=0)
-    moved = np.abs(np.subtract(heads["cached"][0][0], before[0][0])).max()
-    assert moved > 5e-3, "the heads have to have learned something"
 
 
 def put_into(index: ShardIndex, image: bytes, *, shard: int, row: int) -> str:

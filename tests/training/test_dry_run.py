@@ -182,7 +182,7 @@ def test_what_is_computed_already_is_not_measured(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The memory is then that of a process that fits the head; online only plain views are kept."""
+    """The memory is then that of a process that fits the head; one view each: not augmented."""
     real = features_cache.plan
 
     def plan_of(*args: Any, **more: Any) -> features_cache.Plan:
@@ -190,13 +190,12 @@ def test_what_is_computed_already_is_not_measured(
         return features_cache.Plan(found.root, found.parts, ())
 
     monkeypatch.setattr(features_cache, "plan", plan_of)
-    chosen = settings(data_set, tmp_path, features="online")
+    chosen = settings(data_set, tmp_path, augment=False)
     told, text = rehearse(chosen, data_set, weights, capfd)
     assert (told["views"], told["cached"], told["batches"]) == (54, 54, 0)
     assert (told["views_per_second"], told["features_seconds"]) == (None, None)
     assert (told["cache_new"], told["memory"]) == (0, 600_000_000 + 500_000_000 + 900_000_000)
     assert "time      that of the start and the head; all features are there" in text
-    assert "the network over 144 more views, as --features online wants" in text
 
 
 def test_of_a_range_of_workers_the_plan_is_for_the_most(

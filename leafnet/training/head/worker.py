@@ -12,11 +12,8 @@ import ray
 from numpy.typing import NDArray
 
 from leafnet.core import scratch
-from leafnet.core.cache import LocalCache
 from leafnet.core.scratch import Shared
-from leafnet.data import shards as data_shards
-from leafnet.data.images import decode
-from leafnet.data.shards import SPLITS, Shard
+from leafnet.data.shards import SPLITS
 from leafnet.distributed import group, worker
 from leafnet.distributed.failures import Restart
 from leafnet.distributed.group import Survival
@@ -24,13 +21,12 @@ from leafnet.distributed.worker import Place, Post
 from leafnet.features import cache, moments
 from leafnet.features.cache import Part, SplitFeatures
 from leafnet.features.moments import BLOCK
-from leafnet.features.views import draw_view
 from leafnet.metrics import calibration, thresholds
 from leafnet.metrics import novelty as metrics_novelty
 from leafnet.metrics.novelty import Novelty
 from leafnet.metrics.scores import Tally, empty_tally, tally
 from leafnet.metrics.thresholds import Outcomes
-from leafnet.models import classifier, resnet
+from leafnet.models import classifier
 from leafnet.models.classifier import Head, fold_standardisation, head_logits
 from leafnet.models.weights import FEATURES
 from leafnet.training import loop
@@ -54,22 +50,7 @@ class HeadJob:
     cache_root: str  # CACHE/KEY
     parts: dict[str, tuple[Part, ...]]  # of each split
     views: int  # of the training split in the cache
-    online: "Online | None" = None
     save_every_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Online:
-    """What `features: online` needs beside the cached plain views."""
-
-    root: str  # of the shards
-    shards: tuple[Shard, ...]  # of the training split
-    weights: Any  # reference to `backbone.Weights.convolutions`
-    image_size: int
-    precision: str
-    augment: bool
-    batch_size: int
-    shards_cache: LocalCache | None = None  # as `ShardIndex.cache`
 
 
 class Answers(NamedTuple):
@@ -174,11 +155,7 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
     local = local_features(job)
     splits, mean, deviation = local.splits, local.mean, local.deviation
     train = splits["train"]
-    gather = (
-        _online_views(job, job.online, hooks)
-        if job.online
-        else head_fit.cached_views(train.features, seed=job.seed)
-    )
+    gather = head_fit.cached_views(train.features, seed=job.seed)
 
     def report(row: dict[str, float]) -> None:
         if place.rank == 0:
@@ -326,37 +303,3 @@ def local_features(job: HeadJob) -> LocalFeatures:
         splits[split] = SplitFeatures(features, labels)
     mean, deviation = np.load(shared.path / "statistics.npy")
     return LocalFeatures(shared, splits, mean, deviation)
-
-
-def _online_views(job: HeadJob, online: Online, hooks: worker.Hooks) -> head_fit.Gather:
-    """Gather that draws a fresh view of each photograph in each epoch and runs the backbone.
-
-    Every worker keeps the encoded photographs of the training split in memory.
-    """
-    tables = [
-        table.select(["key", "image"])
-        for shard in online.shards
-        for table in data_shards.row_groups(online.root, shard, cache=online.shards_cache)
-    ]
-    keys = [key for table in tables for key in table.column("key").to_pylist()]
-    images = [image for table in tables for image in table.column("image").to_pylist()]
-    weights = ray.get(online.weights)
-    network = resnet.build(weights, image_size=online.image_size, precision=online.precision)
-
-    def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
-        out = np.empty((indices.size, FEATURES), np.float32)
-        for start in range(0, indices.size, online.batch_size):
-            hooks.doing(f"drawing views, epoch {epoch + 1}, {start:,} of {indices.size:,}")
-            rows = indices[start : start + online.batch_size]
-            stack = np.zeros((online.batch_size, online.image_size, online.image_size, 3), np.uint8)
-            for i, row in enumerate(rows):
-                stack[i] = draw_view(
-                    decode(images[row], online.image_size).pixels,
-                    key=keys[row],
-                    number=epoch + 1 if online.augment else 0,
-                    seed=job.seed,
-                )
-            out[start : start + rows.size] = network.predict_on_batch(stack)[: rows.size]
-        return out
-
-    return gather

@@ -249,7 +249,6 @@ def test_trials_of_other_settings_are_refused(
 @pytest.mark.parametrize(
     ("settings", "counts", "message"),
     [
-        ({"features": "online", "head": {"search": 3}}, {}, "needs --features cached"),
         ({"head": {"search": 3}}, {"valid": 0}, "has none"),
         ({"cross_validate": 5}, {"train": 2, "valid": 2}, "class a has only 4 images"),
     ],

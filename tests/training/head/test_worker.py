@@ -1,7 +1,6 @@
 """The parts of fitting that need no cluster; Ray's own calls are replaced where they are met."""
 
 import dataclasses
-import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,29 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
-from numpy.typing import NDArray
-from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, log_loss
 
-from leafnet.data import shards
 from leafnet.distributed import group
 from leafnet.distributed import worker as distributed_worker
 from leafnet.distributed.failures import Restart
 from leafnet.distributed.worker import Hooks, Place
-from leafnet.features import views
 from leafnet.features.cache import SplitFeatures
 from leafnet.metrics import calibration, novelty
-from leafnet.models import resnet
 from leafnet.models.classifier import Head, fold_standardisation, head_logits
 from leafnet.models.weights import FEATURES
 from leafnet.training.head import fit
 from leafnet.training.head import worker as head_worker
 from leafnet.training.head.state import TrainState, load
-from leafnet.training.head.worker import HeadJob, HeadResult, Online
+from leafnet.training.head.worker import HeadJob, HeadResult
 from tests.support.made_features import CLASSES, ROWS, head_jobs
 
 WIDTH = 6
@@ -293,61 +286,7 @@ def test_the_driver_adds_up_what_the_last_group_counted(
     assert (given["cpus_per_worker"], given["gpu"], given["survival"]) == (1.5, True, survival)
 
 
-class MeanColours:
-    """In the place of the network: each feature is the mean of the photograph, batches whole."""
-
-    def predict_on_batch(self, stack: NDArray[np.uint8]) -> NDArray[np.float32]:
-        assert stack.shape == (2, 8, 8, 3)
-        means = stack.mean(axis=(1, 2, 3), dtype=np.float64)
-        return np.repeat(means[:, None], FEATURES, axis=1).astype(np.float32)
-
-
-@pytest.mark.parametrize("augment", [True, False])
-def test_online_views_are_drawn_anew_in_each_epoch(
-    augment: bool, job: HeadJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """View 0 is the plain photograph, so the first epoch takes view 1."""
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
-    pixels[:, :3] //= 4  # the mean of what is cut out differs
-    images = []
-    for each in pixels:
-        sink = io.BytesIO()
-        Image.fromarray(each).save(sink, "PNG")
-        images.append(sink.getvalue())
-    groups = {"a": slice(0, 3), "b": slice(3, 5)}
-    monkeypatch.setattr(
-        shards,
-        "row_groups",
-        lambda root, shard, cache: [
-            pa.table(
-                {
-                    "key": [f"k{i}" for i in range(5)][rows],
-                    "image": images[rows],
-                    "label": [0] * len(images[rows]),
-                }
-            )
-            for rows in [groups[shard]]
-        ],
-    )
-    monkeypatch.setattr(ray, "get", lambda value: value)
-    monkeypatch.setattr(resnet, "build", lambda weights, **more: MeanColours())
-    online = Online("root", ("a", "b"), {}, 8, "float32", augment, 2)  # type: ignore[arg-type]
-    gather = head_worker._online_views(job, online, Hooks())
-    wanted = np.array([4, 0, 3])
-    for epoch in (0, 6):
-        expected = [
-            views.draw_view(
-                pixels[i], key=f"k{i}", number=epoch + 1 if augment else 0, seed=job.seed
-            ).mean()
-            for i in wanted
-        ]
-        found = gather(wanted, epoch)
-        assert found.shape == (3, FEATURES)
-        np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
-
-
-def test_a_job_without_online_takes_the_views_of_the_cache(
+def test_a_job_takes_the_views_of_the_cache(
     job: HeadJob, alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
