@@ -97,7 +97,7 @@ BatchSize = Annotated[
 ]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    Field(description="of the backbone; auto: bfloat16 if the processor or GPU has it"),
+    Field(description="of the backbone; auto: bfloat16 where it is measured to be clearly faster"),
 ]
 AnyPrecision = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],

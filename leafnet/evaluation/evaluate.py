@@ -163,7 +163,9 @@ def _run_on(
             convolutions=ray.put(model.convolutions),
             head=model.head,
             image_size=model.image_size,
-            precision=session.choose_precision("auto", gpu=machines.gpus > 0)[0],
+            precision=predict.choose_precision(
+                "auto", model.convolutions, image_size=model.image_size, machines=machines
+            )[0],
             machines=machines,
             explain=settings.explain and _sees_something(model),
         )

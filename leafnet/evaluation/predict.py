@@ -18,7 +18,7 @@ from leafnet.core import terminal
 from leafnet.core.hardware import limit_threads
 from leafnet.data.images import Pixels
 from leafnet.data.shards import ShardIndex
-from leafnet.distributed import pipeline
+from leafnet.distributed import fastest, pipeline
 from leafnet.distributed.heartbeat import Board
 from leafnet.distributed.resources import Machines
 from leafnet.evaluation import gallery
@@ -26,11 +26,40 @@ from leafnet.metrics import background
 from leafnet.models import bundle, cam, engine, resnet, runtime, tta
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import Head, head_logits
-from leafnet.models.rates import Way
+from leafnet.models.rates import CLEARLY, Way
 from leafnet.models.weights import Array
 
 Convolutions = dict[str, tuple[Array, Array]]
 Labels = NDArray[np.int64]
+
+
+def choose_precision(
+    wanted: str, convolutions: Convolutions, *, image_size: int, machines: Machines
+) -> tuple[str, str]:
+    """(precision, why) of the backbone in TensorFlow, for `wanted` one of auto, float32, bfloat16.
+
+    `auto` is bfloat16 where it is clearly faster on the nodes. Where the two are near each other
+    the one without rounding is taken, and another measurement would choose the same.
+
+    Args:
+        wanted: a precision that is named is taken.
+        convolutions: folded weights.
+        image_size: S, pixels.
+        machines: that run it.
+    """
+    gpu = machines.gpus > 0
+    ways = engine.ways(
+        engine="tensorflow", precision=wanted, gpu=gpu, has_int8=False, installed=False
+    )
+    _, precision, why = fastest.choose(
+        ways,
+        gpu=gpu,
+        weights=(convolutions, None),
+        cpus=machines.cpus_per_actor,
+        margin=CLEARLY,
+        **engine.measuring(ways, image_size=image_size, threads=machines.threads_per_actor),
+    )
+    return precision, why
 
 
 def logits_of(

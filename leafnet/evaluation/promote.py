@@ -143,7 +143,12 @@ def _compare(
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "promote.log"
     with terminal.chatter_to(log), session.session(settings.ray) as nodes:
         machines = resources.machines(nodes, settings.gpu)
-        precision, why = session.choose_precision(settings.precision, gpu=machines.gpus > 0)
+        precision, why = predict.choose_precision(
+            settings.precision,
+            candidate.convolutions,
+            image_size=candidate.image_size,
+            machines=machines,
+        )
         say(f"device    {resources.device(machines.gpus)}, {precision} ({why})")
         with terminal.progress("evaluate", len(models) * index.examples(_SPLIT)) as advance:
             results, labels = predict.logits_of(

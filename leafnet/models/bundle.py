@@ -8,6 +8,7 @@ no code travels with a model.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +21,11 @@ from numpy.typing import NDArray
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
-from leafnet.core.hardware import choose_precision
 from leafnet.data.images import DECODER_VERSION, ImageError, decode
 from leafnet.metrics.novelty import Novelty
 from leafnet.metrics.thresholds import Review, judge
 from leafnet.models import document as model_document
-from leafnet.models import hdf5, registry, resnet
+from leafnet.models import hdf5, rates, registry, resnet
 from leafnet.models.card import model_card
 from leafnet.models.classifier import Head, head_logits
 from leafnet.models.document import BUNDLE_VERSION, File, ModelDocument, model_id
@@ -77,10 +77,12 @@ class Bundle:
     ) -> Array:
         """Features [N, 2048] float32 of RGB `pixels` [N, S, S, 3], by TensorFlow on the CPU.
 
-        The network is built at the first call. `auto` is bfloat16 where this machine's processor
-        has it; float32 is exact everywhere. `engine.open_engine` knows faster ways.
+        The network is built at the first call. `auto` is as `rates.precision`; float32 is exact
+        everywhere. `engine.open_engine` knows faster ways.
         """
-        chosen, _ = choose_precision(precision, compute_capability=None)
+        chosen = precision
+        if precision == "auto":
+            chosen = rates.precision(image_size=self.image_size, threads=os.cpu_count() or 1)
         if self._network is None or self._network_precision != chosen:
             self._network = resnet.build(
                 self.convolutions, image_size=self.image_size, precision=chosen

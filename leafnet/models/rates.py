@@ -26,6 +26,10 @@ from leafnet.models.weights import Array
 Rates = dict[str, float]  # images/s of a way, by `Way.name`
 Forward = Callable[[NDArray[np.uint8]], Array]
 
+# How many times as fast bfloat16 has to be: where the two are near each other nothing is gained by
+# rounding, and another measurement should choose the same.
+CLEARLY = 1.25
+
 # Photographs in a pass, and passes after the one that compiles.
 _PASS, _PASSES = 8, 4
 
@@ -54,6 +58,18 @@ def kept(*, image_size: int, threads: int) -> tuple[str, Rates]:
         return key, {str(name): float(rate) for name, rate in stored.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return key, {}
+
+
+def precision(*, image_size: int, threads: int) -> str:
+    """The precision for TensorFlow on this machine's CPUs: the faster as far as it is measured.
+
+    Where nothing is kept it is bfloat16 if the processor has instructions for it.
+    """
+    _, found = kept(image_size=image_size, threads=threads)
+    plain, rounded = (found.get(f"tensorflow {name}") for name in ("float32", "bfloat16"))
+    if plain is None or rounded is None:
+        return "bfloat16" if hardware.bfloat16_instructions() else "float32"
+    return "bfloat16" if rounded > CLEARLY * plain else "float32"
 
 
 def measure(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from leafnet.core import storage
 from leafnet.core.terminal import say
 from leafnet.data.shards import SPLITS, ShardIndex
-from leafnet.distributed import resources, session
+from leafnet.distributed import resources
 from leafnet.distributed.resources import Machines, Node
+from leafnet.evaluation.predict import choose_precision
 from leafnet.features import cache as features_cache
 from leafnet.models.weights import Weights
 from leafnet.training.finetune.fit import check_batch
@@ -99,7 +100,12 @@ def allocate(plan: Plan, nodes: list[Node]) -> Resources:
     settings = plan.settings
     machines = resources.machines(nodes, settings.gpu)
     workers, cpus = resources.workers_for(nodes, settings.workers, machines.gpus)
-    precision, why = session.choose_precision(settings.precision, gpu=machines.gpus > 0)
+    precision, why = choose_precision(
+        settings.precision,
+        plan.weights.convolutions,
+        image_size=settings.image_size,
+        machines=machines,
+    )
     chosen = Resources(
         nodes,
         machines,

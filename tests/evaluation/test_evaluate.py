@@ -480,7 +480,6 @@ def without_a_network(monkeypatch: pytest.MonkeyPatch, other_model: str) -> None
 
     monkeypatch.setattr(evaluation_predict, "predict", predict)
     monkeypatch.setattr(session, "session", lambda _: contextlib.nullcontext([Node(2.0, 0.0)]))
-    monkeypatch.setattr(session, "choose_precision", lambda *_, **__: ("float32", "the best"))
     one = lambda *_, **__: ("tensorflow", "float32", "the fastest")  # noqa: E731
     monkeypatch.setattr(fastest, "choose", one)
     monkeypatch.setattr(ray, "put", lambda value: value)

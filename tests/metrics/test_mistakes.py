@@ -112,7 +112,7 @@ def test_suspects_of_the_same_confidence_stay_in_order() -> None:
 
 def test_errors_of_the_same_confidence_stay_in_order() -> None:
     """More than a sort that loses the order can hold in one piece."""
-    probabilities = np.tile(np.float32([0.75, 0.25]), (40, 1))
+    probabilities = np.tile(np.array([0.75, 0.25], np.float32), (40, 1))
     probabilities[30] = [0.8, 0.2]
     labels = np.array([1, 0] * 20)
     found = mistakes.confident_errors(probabilities, labels)
@@ -120,7 +120,7 @@ def test_errors_of_the_same_confidence_stay_in_order() -> None:
 
 
 def test_the_last_class_may_have_no_label() -> None:
-    probabilities = np.float32([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.85, 0.1, 0.05]])
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.85, 0.1, 0.05]], np.float32)
     found = mistakes.likely_wrong_labels(probabilities, np.array([0, 1, 1]))
     # Thresholds: (0.9) of class 0, (0.8 + 0.1) / 2 = 0.45 of class 1, none of class 2.
     assert found.rows.tolist() == []

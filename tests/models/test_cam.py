@@ -71,7 +71,7 @@ def test_taking_a_place_away_costs_what_the_map_says() -> None:
     assert (found[2, 3] - empty) / 16 == pytest.approx(fell[0] - fell[1], rel=1e-4)
 
 
-def green_detector() -> dict[str, tuple[Array, cam.Array]]:
+def green_detector() -> dict[str, tuple[Array, Array]]:
     """Weights with which the last feature map's first channel is how much green is there."""
     weights = {}
     for name, _, shape in models_weights.convolutions():

@@ -101,3 +101,21 @@ def test_a_job_that_is_half_as_fast_as_measured_has_it_measured_again(folder: Pa
     assert path.exists()
     rates.correct("a", 4.9, **OF)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "flag", "expected"),
+    [
+        ({"tensorflow float32": 10, "tensorflow bfloat16": 12.6}, "", "bfloat16"),
+        ({"tensorflow float32": 10, "tensorflow bfloat16": 12.4}, "avx512_bf16", "float32"),
+        ({"tensorflow float32": 10, "tensorflow bfloat16": 0}, "avx512_bf16", "float32"),
+        ({"tensorflow float32": 10}, "avx512_bf16", "bfloat16"),
+        ({}, "", "float32"),
+    ],
+)
+def test_the_precision_is_the_faster_as_far_as_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, kept: dict[str, float], flag: str, expected: str
+) -> None:
+    monkeypatch.setattr(rates, "kept", lambda **_: ("", kept))
+    monkeypatch.setattr(hardware, "bfloat16_instructions", lambda: flag)
+    assert rates.precision(**OF) == expected
