@@ -73,7 +73,6 @@ def describe(
             "intervals": {name: list(interval) for name, interval in found.items()},
             "resampled_by_group": groups is not None,
             "groups": None if groups is None else len(np.unique(groups)),
-            "confused_pairs": mistakes.confused_pairs(np.array(scores["confusion"]), class_names),
             "confident_errors": [
                 {
                     "key": keys[row],

@@ -8,7 +8,7 @@ from leafnet.core.terminal import say
 from leafnet.metrics import background
 from leafnet.metrics.intervals import FEW_GROUPS
 
-_SHOWN, _SHOWN_SLICES = 8, 12
+_SHOWN, _SHOWN_SLICES, _SHOWN_CLASSES = 8, 12, 60
 # Characters: of a class or slice that leads a row, of a class in another column, of a key.
 _NAME, _CLASS, _KEY = 34, 18, 26
 
@@ -98,6 +98,10 @@ def say_scores(splits: Mapping[str, Mapping[str, Any]]) -> None:
         ],
         [{"split": split, **scores} for split, scores in splits.items()],
     )
+    for split, scores in splits.items():
+        missing = missing_classes(scores)
+        if missing:
+            say(f"macro F1  {missing} of {split}")
     say_classes(*next(iter(splits.items())), interval=False)
 
 
@@ -112,8 +116,13 @@ def say_classes(split: str, scores: Mapping[str, Any], *, interval: bool) -> Non
         ("F1", "{f1:.3f}"),
     ]
     width = _NAME if interval else None  # the interval would take the table beyond 80 columns
-    per_class = scores["per_class"].items()
+    per_class = list(scores["per_class"].items())
+    hidden = len(per_class) - _SHOWN_CLASSES
+    if hidden > 0:
+        per_class = sorted(per_class, key=lambda entry: entry[1]["recall"])[:_SHOWN_CLASSES]
     terminal.records(columns, [{"name": _short(name, width), **one} for name, one in per_class])
+    if hidden > 0:
+        say(f"          the classes that are found least; {hidden:,} more are in the document")
 
 
 def _short(name: str, width: int | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 
@@ -18,32 +19,48 @@ class WrongLabels(NamedTuple):
     self_confidence: NDArray[np.float64]  # [M], probability of the label that is given
 
 
+def most_confused(confusion: Any, limit: int) -> NDArray[np.int64]:
+    """The classes with the most errors in their row and column, at most `limit`, in order.
+
+    Args:
+        confusion: [C, C], sparse or not, row = true class, column = predicted class.
+        limit: at most so many; all classes where there are no more.
+
+    >>> most_confused(np.array([[9, 0, 1], [0, 9, 0], [3, 0, 9]]), 2).tolist()
+    [0, 2]
+    """
+    table = scipy.sparse.csr_array(confusion)
+    errors = table.sum(axis=0) + table.sum(axis=1) - 2 * table.diagonal()
+    found: NDArray[np.int64] = np.sort(np.argsort(-errors, kind="stable")[:limit])
+    return found
+
+
 def confused_pairs(
-    confusion: NDArray[np.int64], class_names: Sequence[str], *, limit: int = 10
+    confusion: Any, class_names: Sequence[str], *, limit: int = 10
 ) -> list[dict[str, Any]]:
     """The most frequent mistakes, ready for JSON; `share` is that of the true class's examples.
 
     Args:
-        confusion: [C, C], row = true class, column = predicted class.
+        confusion: [C, C], sparse or not, row = true class, column = predicted class.
         class_names: [C].
         limit: at most so many.
 
     >>> confused_pairs(np.array([[5, 1], [3, 9]]), ["rust", "healthy"])[0]
     {'label': 'healthy', 'predicted': 'rust', 'count': 3, 'share': 0.25}
     """
-    errors = confusion.copy()
-    np.fill_diagonal(errors, 0)
-    order = np.argsort(-errors, axis=None, kind="stable")[:limit]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, errors.shape), strict=True)]
+    table = scipy.sparse.csr_array(confusion)
+    support, cells = table.sum(axis=1), table.tocoo()
+    (true, guessed), counts = cells.coords, cells.data
+    order = np.lexsort([guessed, true, -counts])
+    order = order[(true != guessed)[order] & (counts > 0)[order]][:limit]
     return [
         {
             "label": class_names[i],
             "predicted": class_names[j],
-            "count": int(errors[i, j]),
-            "share": float(errors[i, j] / confusion[i].sum()),
+            "count": count,
+            "share": count / int(support[i]),
         }
-        for i, j in pairs
-        if errors[i, j]
+        for i, j, count in np.stack([true, guessed, counts])[:, order].T.tolist()
     ]
 
 

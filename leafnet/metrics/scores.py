@@ -1,6 +1,7 @@
 """Scores of a classifier: counts that add over batches and workers, and one division at the end.
 
-A `Tally` has the same size for ten images and for ten million. B batch, C classes.
+A `Tally` is as large as the pairs of classes that occur, and no larger for more images. B batch,
+C classes.
 """
 
 from collections.abc import Sequence
@@ -8,8 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 from scipy.special import betaincinv
+
+from leafnet.metrics.mistakes import confused_pairs, most_confused
+
+MAX_CONFUSION = 200  # classes of which a document has the whole matrix
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017, section 5
 
@@ -21,11 +27,14 @@ class Tally:
     Bin b of the three last holds the examples whose top probability is in (b, b + 1] / bins.
     """
 
-    confusion: NDArray[np.int64]  # [C, C], row = true class, column = predicted class
+    confusion: Any  # sparse [C, C] int64, row = true class, column = predicted class
     log_loss_sum: float  # natural logarithm, summed over the examples
     bin_count: NDArray[np.int64]  # [bins], examples
     bin_correct: NDArray[np.int64]  # [bins], examples predicted right
     bin_confidence: NDArray[np.float64]  # [bins], sum of the top probabilities
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "confusion", scipy.sparse.csr_array(self.confusion))
 
     @property
     def examples(self) -> int:
@@ -43,7 +52,8 @@ class Tally:
             ("bins", self.bin_count, other.bin_count),
         ):
             if left.shape != right.shape:
-                raise ValueError(f"cannot add tallies of {len(left)} and {len(right)} {what}")
+                found = f"{left.shape[0]} and {right.shape[0]}"
+                raise ValueError(f"cannot add tallies of {found} {what}")
         return Tally(
             confusion=self.confusion + other.confusion,
             log_loss_sum=self.log_loss_sum + other.log_loss_sum,
@@ -60,7 +70,7 @@ def empty_tally(num_classes: int) -> Tally:
     0
     """
     return Tally(
-        confusion=np.zeros((num_classes, num_classes), np.int64),
+        confusion=scipy.sparse.csr_array((num_classes, num_classes), dtype=np.int64),
         log_loss_sum=0.0,
         bin_count=np.zeros(CALIBRATION_BINS, np.int64),
         bin_correct=np.zeros(CALIBRATION_BINS, np.int64),
@@ -80,7 +90,7 @@ def tally(logits: NDArray[np.float32], labels: NDArray[np.int32] | NDArray[np.in
             outside [0, C), which means that the shards and the model were built from different
             class lists.
 
-    >>> tally(np.float32([[2, 2, 1]]), np.array([1])).confusion.tolist()  # a tie of 0 and 1
+    >>> tally(np.float32([[2, 2, 1]]), np.array([1])).confusion.toarray().tolist()  # 0 of a tie
     [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
     """
     num_classes = logits.shape[1]
@@ -92,7 +102,7 @@ def tally(logits: NDArray[np.float32], labels: NDArray[np.int32] | NDArray[np.in
     bad_rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if bad_rows.size:
         raise ValueError(
-            f"the logits of row {bad_rows[0]} are not finite: {logits[bad_rows[0]].tolist()}; "
+            f"the logits of row {bad_rows[0]} are not finite: {logits[bad_rows[0], :20].tolist()}; "
             f"{bad_rows.size} of {len(logits)} rows are like that"
         )
     counts = empty_tally(num_classes)
@@ -102,12 +112,13 @@ def tally(logits: NDArray[np.float32], labels: NDArray[np.int32] | NDArray[np.in
     confidence = np.exp(log_probabilities[rows, predicted])
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     # Unlike counts[t, p] += 1, np.add.at adds for every repeat of an index.
-    np.add.at(counts.confusion, (labels, predicted), 1)
     np.add.at(counts.bin_count, bins, 1)
     np.add.at(counts.bin_correct, bins, predicted == labels)
     np.add.at(counts.bin_confidence, bins, confidence)
     return Tally(
-        confusion=counts.confusion,
+        confusion=scipy.sparse.csr_array(
+            (np.ones(len(labels), np.int64), (labels, predicted)), shape=(num_classes, num_classes)
+        ),
         log_loss_sum=-float(log_probabilities[rows, labels].sum()),
         bin_count=counts.bin_count,
         bin_correct=counts.bin_correct,
@@ -162,7 +173,8 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     examples lowers it, as in scikit-learn's f1_score(average="macro", labels=all classes,
     zero_division=0). `ece` is the expected calibration error over `CALIBRATION_BINS` bins of
     equal width, Guo et al. 2017, arXiv:1706.04599, equation 3. `_low` and `_high` bound the 95 %
-    interval of `exact_interval`.
+    interval of `exact_interval`. `confusion` is of all classes, or of the `MAX_CONFUSION` most
+    confused ones if there are more; `confusion_classes` says which.
 
     Raises:
         ValueError: no examples, or another number of names than the tally has classes.
@@ -172,16 +184,19 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     0.0
     """
     confusion, examples = tally.confusion, tally.examples
-    if len(class_names) != len(confusion):
-        raise ValueError(f"{len(class_names)} class names for a tally of {len(confusion)} classes")
+    if len(class_names) != confusion.shape[0]:
+        raise ValueError(
+            f"{len(class_names)} class names for a tally of {confusion.shape[0]} classes"
+        )
     if examples == 0:
         raise ValueError("no examples to score: the split is empty")
     correct = int(confusion.trace())
     accuracy_low, accuracy_high = exact_interval(correct, examples)
     per_class = {}
-    for i, name in enumerate(class_names):
-        hits, support = int(confusion[i, i]), int(confusion[i].sum())
-        predicted = int(confusion[:, i].sum())
+    sums = (confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0))
+    for name, hits, support, predicted in zip(
+        class_names, *(column.tolist() for column in sums), strict=True
+    ):
         recall_low, recall_high = exact_interval(hits, support)
         per_class[name] = {
             "precision": hits / max(predicted, 1),
@@ -192,6 +207,7 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
             "recall_low": recall_low,
             "recall_high": recall_high,
         }
+    shown = most_confused(confusion, MAX_CONFUSION)
     gaps = np.abs(tally.bin_correct - tally.bin_confidence)
     return {
         "examples": examples,
@@ -202,7 +218,9 @@ def scores(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
         "log_loss": tally.log_loss_sum / examples,
         "ece": float(gaps.sum()) / examples,
         "per_class": per_class,
-        "confusion": confusion.tolist(),
+        "confusion": confusion[shown][:, shown].toarray().tolist(),
+        "confusion_classes": [class_names[i] for i in shown],
+        "confused_pairs": confused_pairs(confusion, class_names, limit=30),
         "calibration": [
             {
                 "confidence": float(tally.bin_confidence[b] / tally.bin_count[b]),

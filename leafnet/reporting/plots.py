@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from leafnet.metrics.mistakes import most_confused
 from leafnet.metrics.scores import CALIBRATION_BINS, exact_interval
 
 DPI = 120
@@ -24,6 +25,7 @@ DPI = 120
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 INK, GREY, FAINT = "#222222", "#666666", "#DDDDDD"
 MAX_CLASSES_WITH_TEXT = 12
+MAX_CLASSES = 60  # of more, those with the most errors are drawn
 MAX_NAME = 40  # characters of a class name; longer ones lose their middle
 
 # DejaVu Sans comes with matplotlib. A matplotlibrc on the machine shall not change the pictures.
@@ -160,17 +162,23 @@ def _label_ends(axes: Axes, epoch: float, ends: list[tuple[float, str, str]]) ->
 
 
 def confusion_png(
-    confusion: Sequence[Sequence[int]], class_names: Sequence[str], *, title: str
+    confusion: Sequence[Sequence[int]],
+    class_names: Sequence[str],
+    *,
+    title: str,
+    of: int | None = None,
 ) -> bytes:
     """Which class was taken for which, coloured by the share of the true class.
 
     The size follows the number of classes and the length of their names. Cells have text, the
-    count and its share of the row, up to `MAX_CLASSES_WITH_TEXT` classes.
+    count and its share of the row, up to `MAX_CLASSES_WITH_TEXT` classes. Of more than
+    `MAX_CLASSES` those with the most errors are drawn, which bounds size and memory.
 
     Args:
         confusion: [C, C], row = true class, column = predicted class.
         class_names: [C].
         title: what was evaluated, as in "test split".
+        of: how many classes there are, if `confusion` is of some of them.
 
     Raises:
         ValueError: `confusion` is not square, or has another size than `class_names`.
@@ -179,6 +187,11 @@ def confusion_png(
     classes = len(class_names)
     if counts.shape != (classes, classes):
         raise ValueError(f"{classes} class names for a confusion of shape {counts.shape}")
+    of = of or classes
+    if classes > MAX_CLASSES:
+        chosen = most_confused(counts, MAX_CLASSES)
+        counts, class_names = counts[np.ix_(chosen, chosen)], [class_names[i] for i in chosen]
+        classes = MAX_CLASSES
     with_text = classes <= MAX_CLASSES_WITH_TEXT
     support = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(support, 1)
@@ -227,6 +240,8 @@ def confusion_png(
                     axes.text(j, i, "0", ha="center", va="center", color="#AAAAAA", size=8)
         total, right = int(counts.sum()), int(counts.trace())
         lines = [f"{right:,} of {total:,} right" + (f" ({right / total:.1%})" if total else "")]
+        if classes < of:
+            lines = [f"the {classes} classes with the most errors, of {of:,}"]
         lines.append("blue: right, orange: wrong, darker: a larger share of the row")
         axes.annotate(
             "\n".join(lines), (0, 1), (0, 8), "axes fraction", "offset points", color=GREY, size=8.5

@@ -3,6 +3,7 @@
 import csv
 import io
 import subprocess
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,9 @@ from leafnet.training import quantize, tensorboard
 from leafnet.training.head import worker
 from leafnet.training.head.state import TrainState
 from leafnet.training.settings import TrainSettings
+
+# More have no biases for corrected shares: of each a row of their covariance would be published.
+_MAX_CORRECTED = 100
 
 
 def scores(result: worker.HeadResult, index: ShardIndex) -> dict[str, Any]:
@@ -93,6 +97,8 @@ def bias(result: worker.HeadResult) -> dict[str, Any]:
     if not held_out:
         return {}
     logits, labels = (np.concatenate(part) for part in zip(*held_out, strict=True))
+    if logits.shape[1] > _MAX_CORRECTED:
+        return {}
     return prevalence.document(prevalence.fit_bias(logits, labels))
 
 
@@ -203,23 +209,52 @@ def gain(tuned: Mapping[str, Any]) -> str:
 def write(
     run: str,
     history: Sequence[dict[str, float]],
-    tuned_history: Sequence[dict[str, float]],
     scores: Mapping[str, Any],
-    index: ShardIndex,
-    events: tensorboard.EventLog,
     restarts: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write metrics.json, the history and the pictures of a run, and end its TensorBoard log."""
-    from leafnet.reporting import plots  # matplotlib, which takes half a second to import
-
+    """Write metrics.json and the history of a run."""
     storage.write_bytes(storage.join(run, "history.csv"), csv_bytes(history))
     # Beside the splits only where there is something to tell.
     told = {"restarts": restarts} if restarts else {}
     storage.write_json(storage.join(run, "metrics.json"), {**scores, **told})
+
+
+def draw(
+    run: str,
+    history: Sequence[dict[str, float]],
+    tuned_history: Sequence[dict[str, float]],
+    scores: Mapping[str, Any],
+    index: ShardIndex,
+    events: tensorboard.EventLog,
+) -> None:
+    """Write the pictures of a run, and end its TensorBoard log.
+
+    Whatever goes wrong is told and no more: the model is published before.
+    """
+    try:
+        _draw(run, history, tuned_history, scores, index, events)
+    except Exception as error:
+        traceback.print_exc()
+        say(f"warning   no pictures of the run: {type(error).__name__}: {error}")
+
+
+def _draw(
+    run: str,
+    history: Sequence[dict[str, float]],
+    tuned_history: Sequence[dict[str, float]],
+    scores: Mapping[str, Any],
+    index: ShardIndex,
+    events: tensorboard.EventLog,
+) -> None:
+    from leafnet.reporting import plots  # matplotlib, which takes half a second to import
+
     storage.write_bytes(storage.join(run, "curves.png"), plots.curves_png(history))
     shown = next(iter(scores))
     confusion = plots.confusion_png(
-        scores[shown]["confusion"], index.class_names, title=f"{shown} split"
+        scores[shown]["confusion"],
+        scores[shown]["confusion_classes"],
+        title=f"{shown} split",
+        of=len(index.class_names),
     )
     storage.write_bytes(storage.join(run, "confusion.png"), confusion)
     events.results(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -24,6 +25,7 @@ from leafnet.data.shards import SPLITS, ShardIndex
 from leafnet.data.thumbnails import of_photograph
 from leafnet.evaluation import document
 from leafnet.evaluation.gallery import Item
+from leafnet.metrics.mistakes import confused_pairs
 from leafnet.metrics.thresholds import REVIEW_ALL
 from leafnet.reporting import charts, pages
 from leafnet.training.settings import describe_stages
@@ -36,6 +38,7 @@ _MAX_SAMPLES = 240
 _MAX_GROUPS = 8
 _MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
 _MAX_CONFUSED = 12  # pairs of classes that are listed
+_MAX_ROWS = 200  # classes with a row of scores
 _MAX_PAIRS = 30  # duplicates that are listed
 _MAX_REJECTED = 30
 _FEW = 10  # photographs of a class in a split, of which shares say little
@@ -188,8 +191,9 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
         "history": stored["history"],
         "fine_tune": _fine_tune(facts.get("fine_tune"), stored["fine_tune"]),
         "confusion": _confusion(scores, names, split),
-        "confused": _confused(scores["confusion"], names),
+        "confused": _confused(scores, names),
         "per_class": _per_class(scores, colour),
+        "missing": sum(not one["support"] for one in scores["per_class"].values()),
         "reliability": _reliability(scores, split),
         "review": model.get("review"),
         "review_all": REVIEW_ALL,
@@ -346,7 +350,9 @@ def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> d
     if len(names) > _MAX_MATRIX:
         from leafnet.reporting import plots  # matplotlib, which takes half a second to import
 
-        return {"png": plots.confusion_png(confusion, names, title=f"{split} split")}
+        chosen = scores.get("confusion_classes", names)
+        of = len(names)
+        return {"png": plots.confusion_png(confusion, chosen, title=f"{split} split", of=of)}
     rows = []
     for i, name in enumerate(names):
         total = max(sum(confusion[i]), 1)
@@ -364,17 +370,21 @@ def _confusion(scores: Mapping[str, Any], names: Sequence[str], split: str) -> d
     return {"png": None, "rows": rows}
 
 
-def _confused(
-    confusion: Sequence[Sequence[int]], names: Sequence[str]
-) -> list[tuple[str, str, int, float]]:
+def _confused(scores: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, int, float]]:
     """(true, predicted, photographs, share of the true class), the most frequent first."""
-    found = [
-        (names[i], names[j], count, count / sum(row))
-        for i, row in enumerate(confusion)
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
-    return sorted(found, key=lambda pair: -pair[2])[:_MAX_CONFUSED]
+    pairs = scores.get("confused_pairs")
+    if pairs is None:  # of a version that did not store them
+        pairs = confused_pairs(np.array(scores["confusion"]), names, limit=_MAX_CONFUSED)
+    keys = ("label", "predicted", "count", "share")
+    return [tuple(pair[key] for key in keys) for pair in pairs[:_MAX_CONFUSED]]
+
+
+def _shown_classes(per_class: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """All classes, or those that are found least where there are very many."""
+    every = list(per_class.items())
+    if len(every) <= _MAX_ROWS:
+        return every
+    return sorted(every, key=lambda entry: entry[1]["recall"])[:_MAX_ROWS]
 
 
 def _per_class(scores: Mapping[str, Any], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -386,7 +396,7 @@ def _per_class(scores: Mapping[str, Any], colour: Mapping[str, Any]) -> list[dic
                 of_class["recall_low"], of_class["recall"], of_class["recall_high"]
             )
         }
-        for name, of_class in scores["per_class"].items()
+        for name, of_class in _shown_classes(scores["per_class"])
     ]
 
 

@@ -71,15 +71,8 @@ def _publish(run: Run, fitted: Fitted) -> str:
     plan, result, scores = run.plan, fitted.result, fitted.scores
     temperature = publish.calibrated(result, scores, plan.index.class_names)
     run.lock.check()
-    publish.write(
-        run.url,
-        result.state.history,
-        fitted.tuning_history,
-        scores,
-        plan.index,
-        run.events,
-        [vars(one) for one in result.restarts],
-    )
+    restarts = [vars(one) for one in result.restarts]
+    publish.write(run.url, result.state.history, scores, restarts)
     review, effects = publish.thresholds(fitted.settings, result)
     int8 = _quantize(run, fitted)
     provenance = publish.provenance(
@@ -125,8 +118,16 @@ def _quantize(run: Run, fitted: Fitted) -> _Int8:
 
 
 def _evaluate(run: Run, fitted: Fitted, model_id: str) -> None:
-    """Write the evaluation, with its gallery."""
+    """Write the pictures, and the evaluation with its gallery."""
     settings = run.plan.settings
+    publish.draw(
+        run.url,
+        fitted.result.state.history,
+        fitted.tuning_history,
+        fitted.scores,
+        run.plan.index,
+        run.events,
+    )
     evaluate.after_training(
         storage.join(run.url, "evaluation"),
         run.plan.index,

@@ -86,7 +86,7 @@ def test_uneven_batches_add_up_to_the_whole() -> None:
     parts = [tally(logits[start:stop], labels[start:stop]) for start, stop in pairwise(cuts)]
     total, whole = sum(parts, empty_tally(4)), tally(logits, labels)
     assert total.examples == whole.examples == 100
-    np.testing.assert_array_equal(total.confusion, whole.confusion)
+    np.testing.assert_array_equal(total.confusion.toarray(), whole.confusion.toarray())
     np.testing.assert_array_equal(total.bin_count, whole.bin_count)
     np.testing.assert_array_equal(total.bin_correct, whole.bin_correct)
     np.testing.assert_allclose(total.bin_confidence, whole.bin_confidence)
@@ -95,7 +95,7 @@ def test_uneven_batches_add_up_to_the_whole() -> None:
 
 def test_row_is_true_and_column_is_predicted() -> None:
     logits = np.array([[0, 0, 9], [0, 0, 9], [9, 0, 0]], np.float32)
-    found = tally(logits, np.array([0, 0, 0], np.int32)).confusion
+    found = tally(logits, np.array([0, 0, 0], np.int32)).confusion.toarray()
     assert found.tolist() == [[1, 0, 2], [0, 0, 0], [0, 0, 0]]
 
 
@@ -238,8 +238,36 @@ def test_tallies_add_each_count() -> None:
     one = Tally(np.arange(9).reshape(3, 3), 1.5, places, places + 1, np.array(places / 4))
     two = Tally(np.eye(3, dtype=np.int64), 2.25, 0 * places + 1, 0 * places + 2, np.full(15, 0.5))
     found = one + two
-    assert found.confusion.tolist() == [[1, 1, 2], [3, 5, 5], [6, 7, 9]]
+    assert found.confusion.toarray().tolist() == [[1, 1, 2], [3, 5, 5], [6, 7, 9]]
     assert found.log_loss_sum == 3.75
     assert found.bin_count.tolist() == list(range(1, 16))
     assert found.bin_correct.tolist() == list(range(3, 18))
     assert found.bin_confidence.tolist() == [0.25 * place + 0.5 for place in range(15)]
+
+
+def test_scores_of_ten_thousand_classes_are_of_bounded_size() -> None:
+    """A dense table of them would have 800 MB, and its text 300."""
+    generator = np.random.default_rng(0)
+    names = [f"species {i}" for i in range(10_000)]
+    total = empty_tally(10_000)
+    for _ in range(4):
+        labels = generator.integers(0, 10_000, 250)
+        logits = generator.random((250, 10_000), np.float32)
+        logits[np.arange(250), np.where(generator.random(250) < 0.5, labels, labels // 2)] += 9
+        total += tally(logits, labels)
+    found = scores(total, names)
+    assert found["examples"] == 1000
+    assert len(found["confusion"]) == len(found["confusion_classes"]) == 200
+    assert len(json.dumps(found)) < 4_000_000
+    assert len(found["confused_pairs"]) == 30
+
+
+def test_the_classes_with_the_most_errors_are_kept() -> None:
+    confusion = np.diag(np.full(300, 5))
+    confusion[7, 290], confusion[250, 3] = 4, 1
+    names = [str(i) for i in range(300)]
+    found = scores(Tally(confusion, 1.0, *np.zeros((3, 15))), names)
+    assert {"7", "290", "250", "3"} <= set(found["confusion_classes"])
+    place = found["confusion_classes"].index
+    assert found["confusion"][place("7")][place("290")] == 4
+    assert [pair["count"] for pair in found["confused_pairs"]] == [4, 1]

@@ -157,3 +157,13 @@ def test_bytes_depend_on_the_data_alone() -> None:
         assert drawn() == first
     for png in first:
         assert not chunks(png) & {b"tEXt", b"iTXt", b"tIME"}  # no date, no version
+
+
+def test_a_picture_of_a_thousand_classes_is_of_bounded_size() -> None:
+    confusion = np.diag(np.full(1081, 3))
+    confusion[1000, 17] = 9
+    names = [f"species {i}" for i in range(1081)]
+    data = confusion_png(confusion.tolist(), names, title="test split")
+    with Image.open(io.BytesIO(data)) as picture:
+        assert max(picture.size) < 3000
+    assert len(data) < 1_000_000

@@ -286,7 +286,8 @@ def written(data_set: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> P
     events = tensorboard.EventLog(str(folder))
     history = [test_tensorboard.row(epoch) for epoch in (1, 2)]
     tuned = [test_tensorboard.tuned_row(epoch) for epoch in (1, 2, 3)]
-    publish.write(str(folder), history, tuned, scores, data_set, events, [restart])
+    publish.write(str(folder), history, scores, [restart])
+    publish.draw(str(folder), history, tuned, scores, data_set, events)
     return folder
 
 
@@ -320,7 +321,9 @@ def test_metrics_json_has_no_restarts_where_there_were_none(
     """Nor what was before a temperature where there is none."""
     scores = {"test": metrics_scores.scores(tally(*made_answers(9)), NAMES)}
     events = tensorboard.EventLog(str(tmp_path))
-    publish.write(str(tmp_path), [test_tensorboard.row(1)], [], scores, data_set, events, [])
+    history = [test_tensorboard.row(1)]
+    publish.write(str(tmp_path), history, scores, [])
+    publish.draw(str(tmp_path), history, [], scores, data_set, events)
     assert json.loads((tmp_path / "metrics.json").read_text()).keys() == {"test"}
     assert (tmp_path / "reliability.png").exists()
 
@@ -380,3 +383,17 @@ def test_results_are_a_row_a_split_and_the_classes_of_the_test_split(
     assert ["late_blight", "3", "0.500", "1.000", "0.667"] in lines
     assert ["model", "/runs/a/model", "id", "id1,", "of", "epoch", "7"] in lines
     assert ["log", "/runs/a/train.log"] in lines
+
+
+def test_pictures_that_cannot_be_drawn_stand_in_nobodys_way(
+    data_set: ShardIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish.draw(str(tmp_path), [], [], {}, data_set, tensorboard.EventLog(str(tmp_path)))
+    assert "warning   no pictures of the run: ValueError: no epochs" in capsys.readouterr().out
+
+
+def test_very_many_classes_have_no_biases() -> None:
+    made = complete()
+    logits = np.zeros((9, 101), np.float32)
+    made.answers["valid"] = made.answers["test"] = type(made.answers["valid"])(logits, np.arange(9))
+    assert publish.bias(made) == {}

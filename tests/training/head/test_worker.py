@@ -55,7 +55,7 @@ def test_workers_count_every_example_of_a_split_once() -> None:
     parts = [head_worker.tally_part(split, head, Place(rank, 3), 3) for rank in range(3)]
     logits = split.features[:, 0].astype(np.float64) @ head[0][0] + head[0][1]
     expected = confusion_matrix(split.labels, logits.argmax(axis=1), labels=range(3))
-    np.testing.assert_array_equal(sum(part.confusion for part in parts), expected)
+    np.testing.assert_array_equal(sum(part.confusion.toarray() for part in parts), expected)
     assert [part.examples for part in parts] == [3, 4, 4]
     total = log_loss(split.labels, softmax(logits, axis=1), normalize=False, labels=range(3))
     assert sum(part.log_loss_sum for part in parts) == pytest.approx(total, rel=1e-5)
@@ -199,7 +199,7 @@ def test_a_worker_fits_calibrates_and_tells(job: HeadJob, alone: Alone, tmp_path
         )
     for split, each in local.splits.items():
         expected = confusion_matrix(each.labels, logits[split].argmax(axis=1), labels=range(3))
-        np.testing.assert_array_equal(tallies[split].confusion, expected)
+        np.testing.assert_array_equal(tallies[split].confusion.toarray(), expected)
     found = novelty.fit(plain["train"])
     np.testing.assert_allclose(result.novelty.mean, found.mean, rtol=1e-4, atol=1e-6)
     stored = load(tmp_path / "step_6", identity=job.identity)
