@@ -68,6 +68,23 @@ def check(settings: MlflowSettings) -> None:
             "--mlflow.tracking_uri holds a name or password, which would end up in config.yaml; "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
         )
+    _try_to_open(uri)
+
+
+def _try_to_open(uri: str) -> None:
+    """Refuse a store that the installed client has no code for, whether or not a server answers."""
+    _set_environment()
+    from mlflow import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri)
+    except Exception as error:  # of MLflow, or of a package that it lacks
+        raise UserError(
+            "no-such-store",
+            f"the installed MLflow cannot write to {_told(uri)} ({type(error).__name__}: "
+            f"{_first_line(error)}); name a tracking server, http://HOST:5000, or pip install "
+            "mlflow in place of mlflow-skinny for sqlite:///FILE",
+        ) from None
 
 
 def _uri(settings: MlflowSettings) -> str | None:
@@ -210,9 +227,7 @@ class Tracker:
             action()
         except Exception as error:  # of requests, of MLflow, of a plugin for its artefacts
             if not self._away:
-                line = (str(error).strip().splitlines() or [""])[0]
-                # MLFLOW_TRACKING_URI may hold a password, and requests tells all of it.
-                line = re.sub(r"//[^/\s]*@", "//", line)[:160]
+                line = _first_line(error)
                 say(
                     f"warning   MLflow at {_told(str(self._uri))} does not take it: "
                     f"{type(error).__name__}: {line}"
@@ -228,8 +243,7 @@ class Tracker:
     def _connect(self) -> None:
         if self._id is not None:
             return
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        _set_environment()
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)
@@ -301,6 +315,17 @@ class Tracker:
         params = [Param(key, text) for key, text in parameters.items()]
         for at in range(0, len(params), _PARAMS):
             self._client.log_batch(self._id, params=params[at : at + _PARAMS])
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _first_line(error: Exception) -> str:
+    """Of what MLflow says, without a password: MLFLOW_TRACKING_URI may hold one."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return re.sub(r"//[^/\s]*@", "//", line)[:160]
 
 
 def _text(value: Any) -> str:

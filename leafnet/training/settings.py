@@ -203,7 +203,8 @@ class MlflowSettings(Settings):
     )
     tracking_uri: str | None = Field(
         None,
-        description="tracking server, such as http://mlflow:5000, or sqlite:///FILE; none: "
+        description="tracking server, such as http://mlflow:5000 (sqlite:///FILE needs the package "
+        "mlflow, not mlflow-skinny); none: "
         "MLFLOW_TRACKING_URI. Credentials belong in MLflow's own environment variables",
     )
     experiment: str = Field("leafnet", description="name of the experiment in MLflow")

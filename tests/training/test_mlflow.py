@@ -227,3 +227,29 @@ def test_the_run_of_mlflow_is_kept_beside_the_run(store: str, tmp_path: Path) ->
         "experiment": "leafnet",
         "run_id": found.info.run_id,
     }
+
+
+@pytest.mark.parametrize("place", ["sqlite:///{0}/mlflow.db", "file://{0}/runs", "nonsense://x"])
+def test_a_store_that_is_not_to_be_opened_is_refused_at_the_start(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is installed: where it opens, it is not refused."""
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv(ALLOW, raising=False)
+    uri = place.format(tmp_path)
+    settings = validate(MlflowSettings, {"tracking_uri": uri})
+    try:
+        MlflowClient(tracking_uri=uri)
+    except Exception:
+        with pytest.raises(UserError, match=r"the installed MLflow cannot write to .*http://HOST"):
+            mlflow.check(settings)
+    else:
+        mlflow.check(settings)
+
+
+def test_a_refused_store_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://ann:secret@host/d")
+    with pytest.raises(UserError) as caught:
+        mlflow.check(validate(MlflowSettings, {"enabled": True}))
+    assert "secret" not in str(caught.value)
