@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leafnet.core import hardware
-from leafnet.models import bundle
+from leafnet.models import bundle, rates
 from tests.benchmarks import decoding, forward, jobs, memory, rows, scaling, tuning
 from tests.benchmarks.rows import Bench, Row
 
@@ -88,7 +87,7 @@ def _measure(options: argparse.Namespace, wanted: set[str], work: Path) -> None:
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "precision": hardware.choose_precision("auto", compute_capability=None),
+            "precision": rates.precision(image_size=256, threads=os.cpu_count() or 1),
             "platform": platform.platform(),
             "load_before": os.getloadavg(),
         },

@@ -13,12 +13,12 @@ from its own first weights (Adam works on each number by itself, so none knows o
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from leafnet.core import hardware
-from leafnet.models import resnet
+from leafnet.models import rates, resnet
 from leafnet.models.weights import load_weights
 
 IMAGE_SIZE = 256
@@ -130,7 +130,7 @@ def _network(options: argparse.Namespace, *, classes: int) -> Any:
 
 
 def _folded(weights: str) -> Any:
-    precision, _ = hardware.choose_precision("auto", compute_capability=None)
+    precision = rates.precision(image_size=IMAGE_SIZE, threads=os.cpu_count() or 1)
     convolutions = load_weights(weights).convolutions
     return resnet.build(convolutions, image_size=IMAGE_SIZE, precision=precision)
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leafnet.core import hardware
-from leafnet.models import resnet
+from leafnet.models import engine, resnet
+from leafnet.models.rates import Way
 from leafnet.models.weights import load_weights
 from tests.benchmarks.rows import Bench, Row
 
@@ -19,13 +21,38 @@ SIZE, BATCH, ROUNDS = 256, 32, 5
 
 Forward = Callable[[NDArray[np.uint8]], Any]
 
+_WAYS = {
+    "folded float32": Way("tensorflow", "float32"),
+    "folded bfloat16": Way("tensorflow", "bfloat16"),
+    "OpenVINO float32": Way("openvino", "float32"),
+    "OpenVINO bfloat16": Way("openvino", "bfloat16"),
+}
+
 
 def rows(bench: Bench) -> list[Row]:
     found = rates(bench)
     peer = "stock Keras float32"
-    return [
+    table = [
         Row("a", name, rate, "images/s", rate / found[peer], peer) for name, rate in found.items()
     ]
+    ours = {name: rate for name, rate in found.items() if name in _WAYS}
+    auto, fastest = ours[_chosen(bench)], max(ours, key=lambda name: ours[name])
+    return [*table, Row("a", "what auto chooses", auto, "images/s", auto / ours[fastest], fastest)]
+
+
+def _chosen(bench: Bench) -> str:
+    """The name of what leafnet chooses on this machine for a model without int8."""
+    installed = importlib.util.find_spec("openvino") is not None
+    way, _ = engine.fastest(
+        engine.ways(
+            engine="auto", precision="auto", gpu=False, has_int8=False, installed=installed
+        ),
+        load_weights(bench.weights).convolutions,
+        None,
+        image_size=SIZE,
+        threads=os.cpu_count() or 1,
+    )
+    return next(name for name, known in _WAYS.items() if known == way)
 
 
 @functools.cache
@@ -57,11 +84,13 @@ def _folded(bench: Bench, precision: str) -> Forward:
 def _networks(bench: Bench, images: NDArray[np.uint8]) -> Any:
     yield "stock Keras float32", _stock(bench.weights)
     yield "folded float32", _folded(bench, "float32")
-    if hardware.choose_precision("auto", compute_capability=None)[0] == "bfloat16":
+    if hardware.bfloat16_instructions():
         yield "folded bfloat16", _folded(bench, "bfloat16")
     if importlib.util.find_spec("openvino"):
         model = _openvino_model(bench)
-        yield "OpenVINO bfloat16", _openvino(model, "bf16")
+        yield "OpenVINO float32", _openvino(model, "f32")
+        if hardware.bfloat16_instructions():
+            yield "OpenVINO bfloat16", _openvino(model, "bf16")
         if importlib.util.find_spec("nncf"):
             yield "OpenVINO int8", _openvino(_quantized(model, images), "f32")
 

@@ -11,6 +11,7 @@ from leafnet.data import shards
 from leafnet.distributed import session
 from leafnet.distributed.resources import Machines
 from leafnet.features import cache, extraction
+from leafnet.models import rates
 from leafnet.models.weights import load_weights
 from tests.benchmarks.rows import Bench, Row, write_copy
 
@@ -51,7 +52,7 @@ def _rate(bench: Bench, actors: int) -> float:
         plan,
         ray.put(weights.convolutions),
         image_size=IMAGE_SIZE,
-        precision=session.choose_precision("auto", gpu=False)[0],
+        precision=rates.precision(image_size=IMAGE_SIZE, threads=1),
         batch_size=32,
         machines=Machines(gpus=0, actors=actors, threads_per_actor=1, cpus_per_actor=0.75),
         advance=advance,

@@ -5,15 +5,16 @@ on top. Ours also augments and averages; Keras's does neither, its BatchNorms ru
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from leafnet.core import hardware
 from leafnet.distributed.worker import Place
 from leafnet.models import runtime, weights
 from leafnet.models.classifier import initial_head
+from leafnet.models.rates import precision
 from leafnet.training.finetune import fit
 from leafnet.training.finetune.pixels import Photographs
 from leafnet.training.settings import FineTuneSettings
@@ -27,7 +28,7 @@ def rows(bench: Bench) -> list[Row]:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (STEPS * BATCH, SIZE, SIZE, 3)).astype(np.uint8)
     labels = generator.integers(0, 3, STEPS * BATCH).astype(np.int32)
-    best = hardware.choose_precision("auto", compute_capability=None)[0]
+    best = precision(image_size=SIZE, threads=os.cpu_count() or 1)
     policy = "mixed_bfloat16" if best == "bfloat16" else best
     peer = f"keras.Model.fit, {policy}"
     rounds = {
