@@ -1,4 +1,4 @@
-"""Check this machine and its Ray before a job does: what is wrong, and how to mend it."""
+"""Check this machine and its Ray before a job does: what is wrong, and how to fix it."""
 
 from leafnet.core.job import Job
 from leafnet.core.settings import DoctorSettings

@@ -1,4 +1,4 @@
-"""What jobs/doctor.py does: one check after the other, each with what it found and the mend."""
+"""What jobs/doctor.py does: one check after the other, each with its result and the remedy."""
 
 import os
 import platform
@@ -43,12 +43,12 @@ _EXTRAS = {
 
 
 class Check(NamedTuple):
-    """One line of the doctor's."""
+    """The result of one check."""
 
     status: str  # OK, WARNING or FAULT
     name: str
     found: str
-    mend: str = ""
+    remedy: str = ""
 
 
 class Requirements(NamedTuple):
@@ -144,8 +144,8 @@ def python(version: str, wanted: str) -> Check:
 def packages(wanted: Sequence[Requirement]) -> list[Check]:
     """One check for all that is as it should be, and one for each package that is not."""
     wrong = [told for one in wanted if (told := _wrong(one))]
-    mend = "pip install --constraint constraints.txt --editable ."
-    checks = [Check(FAULT, "packages", told, mend) for told in wrong]
+    remedy = "pip install --constraint constraints.txt --editable ."
+    checks = [Check(FAULT, "packages", told, remedy) for told in wrong]
     shown = ("tensorflow", "keras", "ray")
     versions = ", ".join(f"{name} {version}" for name, version in hardware.versions(shown).items())
     if not wrong:
@@ -180,8 +180,8 @@ def extras(wanted: Mapping[str, Sequence[Requirement]], *, gpu: bool) -> list[Ch
         wrong = [told for one in of_extra if (told := _wrong(one))]
         if wrong:
             status = FAULT if name == "gpu" else WARNING
-            mend = f"for {use}: pip install 'leafnet[{name}]'"
-            checks.append(Check(status, f"[{name}]", "; ".join(wrong), mend))
+            remedy = f"for {use}: pip install 'leafnet[{name}]'"
+            checks.append(Check(status, f"[{name}]", "; ".join(wrong), remedy))
             continue
         versions = hardware.versions([one.name for one in of_extra])
         told = ", ".join(f"{package} {version}" for package, version in versions.items())
@@ -207,8 +207,8 @@ def precision(here: Machine, *, gpus: Sequence[hardware.Gpu]) -> Check:
     chosen, why = hardware.choose_precision("auto", compute_capability=capability)
     found = f"{chosen}: {why}"
     if chosen == "float32":
-        mend = "nothing is wrong; a processor with avx512_bf16 or amx_bf16 is twice as fast"
-        return Check(WARNING, "precision", found, mend)
+        remedy = "nothing is wrong; a processor with avx512_bf16 or amx_bf16 is twice as fast"
+        return Check(WARNING, "precision", found, remedy)
     if not gpus:
         found += "; the first job measures whether it is faster here, and which engine is"
     return Check(OK, "precision", found)
@@ -230,11 +230,11 @@ def gpu(wanted: bool | str, here: Machine) -> Check:
 def memory(here: Machine) -> Check:
     """What is free of the memory."""
     found = f"{_gb(here.memory_free)} of {_gb(here.memory)} free"
-    mend = "end what else runs here, or take a larger machine"
+    remedy = "end what else runs here, or take a larger machine"
     if here.memory_free < _MEMORY_FAULT:
-        return Check(FAULT, "memory", found, mend)
+        return Check(FAULT, "memory", found, remedy)
     return (
-        Check(WARNING, "memory", found, mend)
+        Check(WARNING, "memory", found, remedy)
         if here.memory_free < _MEMORY_WARNING
         else (Check(OK, "memory", found))
     )
@@ -245,8 +245,8 @@ def shm(here: Machine) -> Check:
     found = f"/dev/shm has {_gb(here.shm)}"
     if here.shm < _SHM_SHARE * here.memory:
         least = f"{_SHM_SHARE * here.memory / 1e9:.0f}g"
-        mend = f"docker run --shm-size={least}; without, Ray keeps its objects on the disk"
-        return Check(WARNING, "shared memory", found, mend)
+        remedy = f"docker run --shm-size={least}; without, Ray keeps its objects on the disk"
+        return Check(WARNING, "shared memory", found, remedy)
     return Check(OK, "shared memory", found)
 
 
@@ -255,11 +255,11 @@ def disk(here: Machine) -> Check:
     folder = os.environ.get("RAY_TMPDIR", here.folder)
     total, _, free = shutil.disk_usage(folder if os.path.isdir(folder) else here.folder)
     found = f"{_gb(free)} of {_gb(total)} free in {folder}"
-    mend = "make room, or set TMPDIR and RAY_TMPDIR to a larger disk"
+    remedy = "make room, or set TMPDIR and RAY_TMPDIR to a larger disk"
     if free < _DISK_FAULT:
-        return Check(FAULT, "disk", found, mend)
+        return Check(FAULT, "disk", found, remedy)
     if free < _DISK_WARNING or free < (1 - _FULL) * total:
-        return Check(WARNING, "disk", found, mend)
+        return Check(WARNING, "disk", found, remedy)
     return Check(OK, "disk", found)
 
 

@@ -53,10 +53,10 @@ def test_a_package_that_is_not_as_it_should_be(requirement: str, told: str) -> N
     (check,) = doctor.packages([good, bad])
     assert check.status == FAULT
     assert check.found.startswith(told)
-    assert "pip install" in check.mend
+    assert "pip install" in check.remedy
     (extra,) = doctor.extras({"heif": [bad]}, gpu=False)
     assert (extra.status, extra.name) == (WARNING, "[heif]")
-    assert "HEIC" in extra.mend
+    assert "HEIC" in extra.remedy
 
 
 def test_the_extra_of_gpus_is_for_who_has_one() -> None:
@@ -92,7 +92,7 @@ def test_memory(changes: dict[str, float], expected: tuple[str, str]) -> None:
     machine_here = here(**{name: int(value) for name, value in changes.items()})
     checks = doctor.memory(machine_here), doctor.shm(machine_here)
     assert tuple(check.status for check in checks) == expected
-    assert all(check.mend for check in checks if check.status != OK)
+    assert all(check.remedy for check in checks if check.status != OK)
 
 
 def test_the_token(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_token(tmp_path: Path) -> None:
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("verysecret")
     check = doctor.token({}, tmp_path)
-    assert (check.status, check.mend) == (WARNING, "export RAY_AUTH_MODE=token for both")
+    assert (check.status, check.remedy) == (WARNING, "export RAY_AUTH_MODE=token for both")
     assert doctor.token({"RAY_AUTH_MODE": "token"}, tmp_path).status == OK
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "verysecret"}
     check = doctor.token(environment, tmp_path / "nobody")

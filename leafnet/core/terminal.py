@@ -1,24 +1,23 @@
 """What a person sees: a few lines and progress bars. Everything else goes to a log file.
 
-Every job also takes `--verbose`, which shows what goes to the log on stderr as well, and `--json`,
-with which stdout has one JSON object a line for machines instead:
+Every job takes two flags: `--verbose` also shows the log on stderr, and `--json` writes JSON lines
+for machines to stdout instead of text:
 
     {"event": "message", "text": …}
     {"event": "progress", "stage": …, "done": …, "total": …, "unit": …, "rate": …, "seconds": …}
     {"event": "table", "title": …, "columns": […], "rows": [[…], …]}
-    {"event": "check", "name": …, "status": "ok" | "warning" | "fault", "found": …, "mend": …}
+    {"event": "check", "name": …, "status": "ok" | "warning" | "fault", "found": …, "remedy": …}
     {"event": "result", "exit_code": …, …}        the last one
 
-Ray, TensorFlow and absl print from C++, from threads and on behalf of other machines. Redirecting
-the process's own file descriptors is the only way to catch all of them; leafnet keeps a duplicate
-of the real ones for what it wants to say.
+Ray, TensorFlow and absl print from C++, from threads and on behalf of other machines. Only
+redirecting the process's file descriptors catches all of it; leafnet keeps duplicates of the real
+ones for its own output.
 """
 
 import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import textwrap
@@ -37,20 +36,21 @@ from rich.text import Text
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.core.interrupts import Terminated, remembered_interrupts
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
-# What every job takes beside its settings; `config` has them in its --help.
+# Flags of every job beside its settings; settings.py explains them in --help.
 FLAGS = ("--verbose", "--json")
 
-# A plain line at least this often, in seconds, where there is no terminal to draw a bar on.
+# Seconds between lines of progress if there is no terminal to draw a bar on.
 _PLAIN_INTERVAL_S = 15.0
 _JSON_INTERVAL_S = 1.0
 _TAIL_S = 0.2
-# How the log marks what a person has seen already.
+# What marks lines of the log that were printed as well.
 _SAID = b" INFO leafnet: "
 _STATUS_STYLES = {"ok": "green", "warning": "bold yellow", "fault": "bold reverse red"}
 _CHECKLIST_INDENT = " " * 24
@@ -61,7 +61,7 @@ _CHECKLIST_WRAP: dict[str, Any] = {
 
 
 def _console_on(file: TextIO | None) -> Console:
-    """A console that leaves texts alone: names of files and classes may have brackets in them."""
+    """Make a console without markup: names of files and classes may have brackets in them."""
     return Console(file=file, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
@@ -70,28 +70,27 @@ _log_path: Path | None = None
 _verbose = False
 _json = False
 _kept = ""
-_asked: KeyboardInterrupt | None = None  # to end
 _result: dict[str, Any] = {}
 
 
 def keeps(text: str) -> None:
-    """What is told of the work so far when the job is interrupted from here on."""
+    """Set the text about the work so far that is printed if the job is interrupted."""
     global _kept
     _kept = text
 
 
 def result(**values: Any) -> None:
-    """What the job made, for the last line of `--json`; values that JSON knows."""
+    """Add results, ready for JSON, to the last line of `--json`."""
     _result.update(values)
 
 
 def flags() -> list[str]:
-    """The flags of the terminal that this job was given, for jobs that it starts."""
+    """Return the flags of the terminal that this job was given, for jobs that it starts."""
     return [flag for flag, given in zip(FLAGS, (_verbose, _json), strict=True) if given]
 
 
 def _emit(event: str, **values: Any) -> None:
-    """One line of `--json`."""
+    """Write one line of `--json`."""
     line = json.dumps({"event": event, **values}, ensure_ascii=False)
     _console.file.write(f"{line}\n")
     _console.file.flush()
@@ -132,31 +131,31 @@ def records(columns: Sequence[tuple[str, str]], rows: Iterable[Mapping[str, Any]
 
 
 def checklist(rows: Sequence[tuple[str, str, str, str]]) -> None:
-    """Print what was checked: (status, name, what was found, how to mend it) of each.
+    """Print the results of checks: (status, name, what was found, remedy) of each.
 
     A table on a terminal, lines elsewhere, and neither wider than 100 columns. The status is a
-    word, and its colour only comes on top.
+    word; its colour only emphasises it.
     """
     if _json:
-        for status, name, found, mend in rows:
-            _emit("check", name=name, status=status, found=found, mend=mend)
+        for status, name, found, remedy in rows:
+            _emit("check", name=name, status=status, found=found, remedy=remedy)
         return
     for row in rows:
         logging.getLogger("leafnet").info("   ".join(row))
     if not _console.is_terminal:
-        for status, name, found, mend in rows:
-            for text in (found, *([f"mend: {mend}"] if mend else [])):
+        for status, name, found, remedy in rows:
+            for text in (found, *([f"remedy: {remedy}"] if remedy else [])):
                 head = f"{status:<9}{name:<15}" if text == found else _CHECKLIST_INDENT
                 _console.print(textwrap.fill(text, 100, initial_indent=head, **_CHECKLIST_WRAP))
         return
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), width=min(100, _console.width))
-    for column in ("status", "check", "found, and how to mend it"):
+    for column in ("status", "check", "found, and the remedy"):
         drawn.add_column(column, overflow="fold")
-    for status, name, found, mend in rows:
-        told = Text(found)
-        if mend:
-            told.append(f"\n{mend}", style="italic")
-        drawn.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), told)
+    for status, name, found, remedy in rows:
+        last = Text(found)
+        if remedy:
+            last.append(f"\n{remedy}", style="italic")
+        drawn.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), last)
     _console.print(drawn)
 
 
@@ -169,35 +168,51 @@ def _rate(done: float, seconds: float, unit: str) -> str:
     return f"{done / seconds:,.1f} {unit}/s" if seconds > 0 and done else ""
 
 
-@contextmanager
-def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Show how far a stage is. Yields a function to be called with the count just finished.
+class _Progress:
+    """How far a stage is, in lines of text or JSON."""
 
-    On a terminal a bar with rate and time left; elsewhere a line now and then and one at the end.
-    """
-    started = time.monotonic()
-    done = 0
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.began = self._last = time.monotonic()
 
-    def line() -> str:
-        rate = _rate(done, time.monotonic() - started, unit)
-        return f"{title:<12} {done:,} of {total:,} {unit}   {rate}"
+    def advance(self, count: int) -> None:
+        """Count what was finished; prints a line now and then."""
+        self.done += count
+        interval = _JSON_INTERVAL_S if _json else _PLAIN_INTERVAL_S
+        if self.done < self.total and time.monotonic() - self._last >= interval:
+            self._last = time.monotonic()
+            self.show()
 
-    def tell() -> None:
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.began
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        rate = _rate(self.done, self.seconds, self.unit)
+        return f"{self.title:<12} {self.done:,} of {self.total:,} {self.unit}   {rate}"
+
+    def show(self) -> None:
+        """Print how far it is."""
         if not _json:
-            say(line())
+            say(self.line())
             return
-        seconds = time.monotonic() - started
+        seconds = self.seconds
         _emit(
             "progress",
-            stage=title,
-            done=done,
-            total=total,
-            unit=unit,
-            rate=round(done / seconds, 2) if seconds > 0 else None,
+            stage=self.title,
+            done=self.done,
+            total=self.total,
+            unit=self.unit,
+            rate=round(self.done / seconds, 2) if seconds > 0 else None,
             seconds=round(seconds, 2),
         )
 
-    if _console.is_terminal and not _verbose and not _json:
+    @contextmanager
+    def bar(self) -> Iterator[Callable[[int], None]]:
+        """Draw a bar with rate and time left."""
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=30),
@@ -205,7 +220,7 @@ def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callab
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
-        # rich would take over sys.stdout and sys.stderr, and with them what Ray prints for workers.
+        # By default rich takes over sys.stdout and sys.stderr, and so what Ray prints for workers.
         with Progress(
             *columns,
             console=_console,
@@ -213,35 +228,36 @@ def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callab
             redirect_stdout=False,
             redirect_stderr=False,
         ) as bar:
-            task = bar.add_task(title, total=total, unit=unit)
+            task = bar.add_task(self.title, total=self.total, unit=self.unit)
 
             def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                bar.update(task, completed=done)
+                self.done += count
+                bar.update(task, completed=self.done)
 
             yield advance
+
+
+@contextmanager
+def progress(title: str, total: int, *, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Show the progress of a stage. Yields a function that takes the count just finished.
+
+    On a terminal a bar; elsewhere a line now and then and one at the end.
+    """
+    stage = _Progress(title, total, unit)
+    if _console.is_terminal and not _verbose and not _json:
+        with stage.bar() as advance:
+            yield advance
     else:
-        last = started
-        interval = _JSON_INTERVAL_S if _json else _PLAIN_INTERVAL_S
-
-        def advance(count: int) -> None:
-            nonlocal done, last
-            done += count
-            if done < total and time.monotonic() - last >= interval:
-                last = time.monotonic()
-                tell()
-
-        yield advance
+        yield stage.advance
     if _json:
-        tell()
-        logging.getLogger("leafnet").info(line())
-        return
-    say(f"{line()}   {duration(time.monotonic() - started)}")
+        stage.show()
+        logging.getLogger("leafnet").info(stage.line())
+    else:
+        say(f"{stage.line()}   {duration(stage.seconds)}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Write a duration for people.
 
     >>> duration(3.21), duration(75), duration(7384)
     ('3.2 s', '1 min 15 s', '2 h 03 min')
@@ -256,9 +272,9 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def chatter_to(path: Path) -> Iterator[None]:
-    """Send everything that libraries print, in this process and from Ray's, to the file `path`.
+    """Send everything that libraries print here and in Ray's processes to the file `path`.
 
-    `say`, `table` and `progress` still reach the terminal. With `--verbose` the rest does as well.
+    `say`, `table` and `progress` still reach the terminal; with `--verbose` everything does.
     """
     global _console, _log_path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +290,7 @@ def chatter_to(path: Path) -> Iterator[None]:
     over = threading.Event()
     tail = threading.Thread(target=_tail, args=(path, start, stderr, over), daemon=True)
     before = _console
-    # From here on an interruption has to find its way back to the terminal.
+    # From here on an interruption must restore the terminal.
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -307,10 +323,9 @@ def chatter_to(path: Path) -> Iterator[None]:
 
 
 def _tail(path: Path, start: int, stderr: int, over: threading.Event) -> None:
-    """Copy the file `path` from its byte `start` to `stderr`, but for what was said already.
+    """Copy the file `path` from its byte `start` to `stderr`, without what was printed already.
 
-    From the file, and not through a pipe, in which the last words of a process that is killed
-    would be lost.
+    It reads the file because a pipe would lose the last words of a process that is killed.
     """
     with open(path, "rb") as log:
         log.seek(start)
@@ -330,9 +345,9 @@ def _tail(path: Path, start: int, stderr: int, over: threading.Event) -> None:
 
 @contextmanager
 def log_to(folder: str, name: str) -> Iterator[Path]:
-    """`chatter_to` the file `name` in `folder`; to a URL it is copied when the block ends.
+    """Send output to the file `name` in `folder`, see `chatter_to`.
 
-    Yields the path of the file that is being written.
+    A file for a URL is uploaded when the block ends. Yields the path of the local file.
     """
     if storage.is_local(folder):
         path = Path(storage.absolute(folder)) / name
@@ -344,7 +359,7 @@ def log_to(folder: str, name: str) -> Iterator[Path]:
         with chatter_to(local):
             yield local
     except BaseException as error:
-        # It is the error that has to be told, and not that its log cannot be stored either.
+        # Report the error itself and not that its log cannot be stored either.
         if not (isinstance(error, UserError) and error.reason in storage.UNREACHABLE):
             with suppress(UserError):
                 storage.write_bytes(url, local.read_bytes())
@@ -353,62 +368,12 @@ def log_to(folder: str, name: str) -> Iterator[Path]:
     shutil.rmtree(local.parent)
 
 
-class Terminated(KeyboardInterrupt):
-    """This process was told to end by SIGTERM."""
-
-
-def raise_if_asked() -> None:
-    """Raise again what Ctrl-C or SIGTERM raised in this job.
-
-    For loops that wait: what is raised in a hook or a callback, and Ray has many, Python prints and
-    forgets, and the job would go on.
-    """
-    if _asked is not None:
-        raise _asked
-
-
-def _ask(interrupt: KeyboardInterrupt) -> NoReturn:
-    global _asked
-    _asked = interrupt
-    raise interrupt
-
-
-@contextmanager
-def _remembered_interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, as always, and `raise_if_asked` knows of it."""
-    global _asked
-    mine = threading.current_thread() is threading.main_thread()
-    # A job in the background of a shell ignores it, and still has to.
-    taken = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if taken:
-        signal.signal(signal.SIGINT, lambda number, frame: _ask(KeyboardInterrupt()))
-    try:
-        yield
-    finally:
-        _asked = None
-        if taken:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM interrupt the block as Ctrl-C does; Ray's own handler ends at once and mutely."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: _ask(Terminated()))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run `job` with the command line, less `--verbose` and `--json`; returns the exit code.
+    """Run `job` with the command line without `--verbose` and `--json`; return the exit code.
 
-    0 done, 2 something the user gave is wrong (one line `error[reason]: …`; the error may have a
-    code of its own), 130 interrupted, 143 told to end by SIGTERM, 1 anything else, with the log
-    file that holds the stack trace.
+    0: done. 2: a mistake of the user, printed as `error[reason]: …`; the error may have an exit
+    code of its own. 130: interrupted. 143: ended by SIGTERM. 1: anything else; the last line names
+    the log file with the stack trace.
     """
     global _verbose, _json, _kept
     words = sys.argv[1:] if argv is None else argv
@@ -416,10 +381,10 @@ def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     _verbose, _json = "--verbose" in words, "--json" in words
     _result.clear()
     try:
-        with _remembered_interrupts():
-            code, told = _run(job, [word for word in words if word not in FLAGS])
+        with remembered_interrupts():
+            code, error = _run(job, [word for word in words if word not in FLAGS])
         if _json:
-            _emit("result", exit_code=code, **told, **_result)
+            _emit("result", exit_code=code, **error, **_result)
     finally:
         _verbose, _json, _kept = before
     return code
@@ -428,8 +393,8 @@ def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
 def leave(code: int) -> NoReturn:
     """End the process with the exit code of `run_job`.
 
-    After an interruption without Python's own end: threads of Ray Data, which nobody can stop,
-    crashed the process in it, after 3 of 30 interruptions that came just after Ray's start.
+    After an interruption it skips Python's finalisation, in which threads of Ray Data that nobody
+    can stop crashed the process after 3 of 30 interruptions just after Ray's start.
     """
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         for stream in (sys.stdout, sys.stderr):
@@ -440,7 +405,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int, dict[str, str]]:
-    """(exit code, what went wrong)."""
+    """Return the exit code and what went wrong."""
     try:
         job(argv)
     except UserError as error:
@@ -451,7 +416,7 @@ def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int
         ended, code = "interrupted", EXIT_INTERRUPTED
         if isinstance(error, Terminated):
             ended, code = "ended by SIGTERM", EXIT_TERMINATED
-        message = f"{ended}{kept}; run the same command again to go on"
+        message = f"{ended}{kept}; run the same command again to continue"
         print(message, file=sys.stderr)
         return code, {"error": "interrupted", "message": message}
     except Exception as error:

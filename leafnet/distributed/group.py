@@ -21,7 +21,8 @@ from ray.train.v2.api.config import FailureConfig
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
-from leafnet.core.terminal import duration, raise_if_asked, say
+from leafnet.core.interrupts import raise_if_asked
+from leafnet.core.terminal import duration, say
 from leafnet.distributed import checkpoint, heartbeat, ray_train, worker
 from leafnet.distributed.failures import (
     RESTARTS,

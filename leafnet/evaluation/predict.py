@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from leafnet.core import terminal
+from leafnet.core import interrupts
 from leafnet.core.hardware import limit_threads
 from leafnet.data.images import Pixels
 from leafnet.data.shards import ShardIndex
@@ -248,7 +248,7 @@ def predict(
     seconds = plain_seconds = 0.0
     with board.follow(advance):
         for row in results.iter_rows():
-            terminal.raise_if_asked()
+            interrupts.raise_if_asked()
             made: Predictions = pickle.loads(row["predictions"])
             found[row["shard"], row["row_group"]] = made
             seconds += row["seconds"]

@@ -7,7 +7,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from leafnet.core import terminal
+from leafnet.core import interrupts
 from leafnet.core.hardware import limit_threads
 from leafnet.data.images import Pixels
 from leafnet.data.shards import Shard, ShardIndex
@@ -60,7 +60,7 @@ def extract(
     )
     with board.follow(advance):
         for _ in results.iter_rows():
-            terminal.raise_if_asked()
+            interrupts.raise_if_asked()
 
 
 class _Extractor:

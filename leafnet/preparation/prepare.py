@@ -28,7 +28,7 @@ import ray
 import ray.data
 
 import leafnet
-from leafnet.core import lock, storage, terminal
+from leafnet.core import interrupts, lock, storage, terminal
 from leafnet.core.errors import UserError
 from leafnet.core.lock import Lock
 from leafnet.core.terminal import say
@@ -342,7 +342,7 @@ def _map(
         fn_kwargs=kwargs,
     )
     for block in mapped.iter_batches(batch_size=None, batch_format="pyarrow"):
-        terminal.raise_if_asked()
+        interrupts.raise_if_asked()
         table: Any = block
         yield table
 

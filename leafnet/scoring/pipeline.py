@@ -11,7 +11,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from leafnet.core import terminal
+from leafnet.core import interrupts
 from leafnet.core.errors import UserError
 from leafnet.data import isolated
 from leafnet.distributed import resources
@@ -154,7 +154,7 @@ def scored_batches(chosen: pa.Table, model: Bundle, job: Job, pool: _Pool) -> It
             )
         )
         for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            terminal.raise_if_asked()
+            interrupts.raise_if_asked()
             table: Any = block
             for row in table.to_pylist():
                 yield Result(

@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
+from leafnet.core import interrupts, storage, terminal
 from leafnet.core import settings as core_settings
-from leafnet.core import storage, terminal
 from leafnet.core.lock import Lock
 from leafnet.core.settings import to_yaml
 from leafnet.core.terminal import say
@@ -90,7 +90,7 @@ def open_run(plan: Plan, held: Lock, began: float) -> Iterator[Run]:
                 settings.mlflow, url, name=settings.name, parameters=parameters
             ) as tracker,
             session.session(settings.ray) as nodes,
-            terminal.sigterm_interrupts(),
+            interrupts.sigterm_interrupts(),
         ):
             nodes = session.with_gpus(nodes, settings.gpu, settings.workers, settings.ray, say)
             resources = allocate(plan, nodes)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from leafnet.core import terminal
+from leafnet.core import interrupts, terminal
 from leafnet.core.errors import UserError
 from leafnet.core.settings import _OUTPUT
 from leafnet.core.terminal import say
@@ -140,7 +140,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, logged: bool) -> None:
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     kept = ": checkpoints are kept in runs" if logged else ""
-    assert stderr == f"interrupted{kept}; run the same command again to go on\n"
+    assert stderr == f"interrupted{kept}; run the same command again to continue\n"
 
 
 def test_help_is_not_an_error(capsys: Capture) -> None:
@@ -260,10 +260,10 @@ def test_an_interruption_that_a_library_forgets_is_raised_again() -> None:
     def job(argv: Sequence[str]) -> None:
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        terminal.raise_if_asked()
+        interrupts.raise_if_asked()
 
     assert terminal.run_job(job, []) == 130
-    terminal.raise_if_asked()  # over, with the job
+    interrupts.raise_if_asked()  # over, with the job
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -297,7 +297,7 @@ terminal.leave(terminal.run_job(job))
     assert (done.returncode, done.stdout) == (0, "at the end\n")
     done = subprocess.run([sys.executable, "-c", script, "now"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "interrupted; run the same command again to go on\n"
+    assert done.stderr == "interrupted; run the same command again to continue\n"
 
 
 def test_progress_without_anything_to_do(capfd: Capture) -> None:
@@ -417,7 +417,7 @@ def test_a_checklist_in_plain_lines(capfd: Capture) -> None:
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "ok       Python         3.11.7"
     assert lines[1].startswith("fault    disk           0.2 GB of 100.0 GB free in ")
-    assert any(line.startswith(" " * 24 + "mend: make room") for line in lines)
+    assert any(line.startswith(" " * 24 + "remedy: make room") for line in lines)
     assert max(map(len, lines)) <= 100
 
 

@@ -263,7 +263,7 @@ def _hold_cluster() -> None:
 
 
 def _drive(folder: Path) -> None:
-    from leafnet.core import terminal
+    from leafnet.core import interrupts, terminal
     from leafnet.core.settings import RaySettings
     from leafnet.distributed import session
     from leafnet.distributed.group import Survival
@@ -281,7 +281,7 @@ def _drive(folder: Path) -> None:
     with (
         terminal.chatter_to(folder / "train.log"),
         session.session(RaySettings(address=spec["address"])),
-        terminal.sigterm_interrupts(),
+        interrupts.sigterm_interrupts(),
     ):
         began = time.monotonic()
         terminal.say("the fit begins")

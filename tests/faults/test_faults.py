@@ -360,7 +360,9 @@ def test_sigterm_of_the_driver_saves_and_says_how_to_go_on(cache: Any, tmp_path:
             steps = job.steps()
             job.process.send_signal(signal.SIGTERM)
             assert job.process.wait(60) == 143, job.tail()
-            assert "run the same command again to go on" in (job.folder / "driver.err").read_text()
+            assert (
+                "run the same command again to continue" in (job.folder / "driver.err").read_text()
+            )
             kept = checkpoint.newest(str(job.folder / "head"), print)
             assert kept is not None
             assert job.steps() > steps

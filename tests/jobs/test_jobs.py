@@ -139,7 +139,7 @@ def interrupt(process: subprocess.Popen[str], kept: str) -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
-        assert stderr == f"interrupted: {kept}; run the same command again to go on\n"
+        assert stderr == f"interrupted: {kept}; run the same command again to continue\n"
     finally:
         kill_session(process.pid)
 

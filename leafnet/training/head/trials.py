@@ -10,7 +10,7 @@ import ray
 import ray.tune
 from numpy.typing import NDArray
 
-from leafnet.core import hardware, storage, terminal
+from leafnet.core import hardware, interrupts, storage, terminal
 from leafnet.core.errors import DamagedParts, UserError
 from leafnet.distributed import checkpoint, heartbeat
 from leafnet.distributed.resources import Node
@@ -79,7 +79,7 @@ def run_trials(
 
         class Keep(ray.tune.Callback):
             def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-                terminal.raise_if_asked()
+                interrupts.raise_if_asked()
 
             def on_trial_complete(
                 self, iteration: int, trials: list[Any], trial: Any, **info: Any
