@@ -522,7 +522,7 @@ def test_shares_of_a_split_add_up(share: str) -> None:
 @pytest.mark.parametrize("share", ["100/1/0", "99/0/0", "200/0/0", "0/100/0"])
 def test_shares_of_a_split_that_do_not_add_up_are_refused(share: str) -> None:
     said = refused(PrepareSettings, split=share)
-    assert f"must add up to 100 with some for train" in said
+    assert "must add up to 100 with some for train" in said
     assert said.endswith(f", got {share}")
 
 
