@@ -150,6 +150,7 @@ WHEN = {
     "predictions": "Given where nights are meant",
     "review:date": "More than the newest night is to be chosen from",
     "report:date": "An earlier night than the newest",
+    "audit": "How right the nights are is to be known: 20 and more, the more the surer",
     "pool": "Chosen photographs look alike (larger)",
     "review:model": "The model has moved since it scored the nights",
     "review:split": "Answers alone make a data set, and it is small",

@@ -17,7 +17,8 @@ from leafnet.core.errors import UserError
 from leafnet.core.terminal import say
 from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
-from leafnet.labelling import labelstudio
+from leafnet.labelling import audit, labelstudio
+from leafnet.labelling.audit import Audit
 from leafnet.labelling.labelstudio import PHOTOGRAPHS, REVIEW, REVIEW_VERSION, Answer
 from leafnet.labelling.settings import ReviewSettings
 from leafnet.preparation import prepare, samples, sources
@@ -67,6 +68,9 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
     taken = _taken(found.answers, storage.absolute(folder), review, classes)
     if not taken:
         raise UserError("no-answers", f"--answers {answers} has no label that can be taken")
+    if review.audit is not None:
+        labels = {answer.key.rpartition("/")[2]: answer.label for answer in taken}
+        audit.add_up(posixpath.basename(storage.absolute(folder)), review.audit, labels)
     # Beside --out, where every machine that writes the shards can read it.
     source = f"{out}.source"
     mark = storage.join(source, _MARK)
@@ -96,6 +100,7 @@ def take_back(settings: ReviewSettings, answers: str, out: str) -> None:
 class _Review(Document):
     class_names: ClassNames
     photographs: dict[FileName, Sha256]
+    audit: Audit | None = None
 
 
 def _read_review(folder: str) -> _Review:

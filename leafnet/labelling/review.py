@@ -28,7 +28,7 @@ from leafnet.core import storage, terminal
 from leafnet.core.errors import UserError
 from leafnet.core.terminal import say
 from leafnet.data.images import ImageError, decode
-from leafnet.labelling import answers, labelstudio, selection
+from leafnet.labelling import answers, audit, labelstudio, selection
 from leafnet.labelling.labelstudio import (
     CONFIG,
     INDEX_CSV,
@@ -43,7 +43,10 @@ from leafnet.models.bundle import Bundle
 from leafnet.scoring import ledger
 
 _BATCH = 32
-_COLUMNS = ("image", "status", "label", "confidence", "probabilities", "novelty", "model_id")
+_COLUMNS = (
+    *("image", "status", "label", "confidence", "probabilities", "novelty", "model_id"),
+    *("run_id", "latitude", "longitude"),
+)
 
 
 def run(settings: ReviewSettings) -> None:
@@ -72,6 +75,7 @@ class _Night(NamedTuple):
     class_names: tuple[str, ...]
     model_id: str
     run_id: str  # of the newest
+    nights: dict[str, str]  # the night of each run
 
 
 class _Photograph(NamedTuple):
@@ -111,11 +115,22 @@ def choose(settings: ReviewSettings, predictions: str, out: str) -> None:
         _row(night, photographs[place], rank, margins, novelty, float(distance))
         for rank, (place, distance) in enumerate(zip(places, distances, strict=True), start=1)
     ]
-    _write_review(settings, out, night, rows, [photographs[place].data for place in places])
     if len(rows) < settings.count:
         say(f"only {len(rows):,} of {settings.count:,}: all others are copies, or there are none")
-    say(f"chosen    {len(rows):,} of {night.rows.num_rows:,} photographs: {out}")
-    terminal.result(review=out, chosen=len(rows))
+    shown = [photographs[place] for place in places]
+    drawn = _drawn(night, settings.audit)
+    chosen = {photograph.row for photograph in shown}
+    shown += [photograph for photograph in drawn if photograph.row not in chosen]
+    rows += [
+        _row(night, photograph, rank, margins, novelty, np.inf)
+        for rank, photograph in enumerate(shown[len(rows) :], start=len(rows) + 1)
+    ]
+    frame = _audit(predictions, night, rows, shown, chosen, {p.row for p in drawn})
+    _write_review(settings, out, night, rows, [p.data for p in shown], frame if drawn else None)
+    if drawn:
+        say(f"audit     {len(drawn):,} photographs that chance chose are among them")
+    say(f"chosen    {len(chosen):,} of {night.rows.num_rows:,} photographs: {out}")
+    terminal.result(review=out, chosen=len(chosen), drawn=len(drawn))
     _say_how_to_label(settings, out)
 
 
@@ -156,7 +171,7 @@ def _read_nights(settings: ReviewSettings, predictions: str) -> _Night:
     first = {image: i for i, image in reversed(list(enumerate(images)))}
     rows = rows.take(sorted(first.values())).combine_chunks()
     say(f"nights    {', '.join(dates)}: {rows.num_rows:,} photographs, by model {model_id}")
-    return _Night(rows, classes, model_id, newest)
+    return _Night(rows, classes, model_id, newest, {file.run_id: file.date for file in chosen})
 
 
 def _model_of(settings: ReviewSettings, predictions: str, night: _Night) -> Bundle | None:
@@ -230,6 +245,43 @@ def _read_pool(
                 yield _Photograph(row, data, of_photograph)
 
 
+def _drawn(night: _Night, count: int) -> list[_Photograph]:
+    """So many photographs as chance has it, without those that cannot be read any more."""
+    found: list[_Photograph] = []
+    troubles = Counter[str]()
+    for row in audit.order(night.rows) if count else ():
+        data = _read(night.rows["image"][int(row)].as_py(), troubles)
+        if data is not None:
+            found.append(_Photograph(int(row), data, np.empty(0, np.float32)))
+        if len(found) == count:
+            break
+    return found
+
+
+def _audit(
+    predictions: str,
+    night: _Night,
+    rows: list[dict[str, Any]],
+    shown: list[_Photograph],
+    chosen: set[int],
+    drawn: set[int],
+) -> dict[str, Any]:
+    try:
+        summary = storage.read_json(storage.join(predictions, ledger.RUNS, f"{night.run_id}.json"))
+        field = summary["settings"].get("field")
+    except FileNotFoundError:
+        field = None
+    places = [photograph.row for photograph in shown]
+    return audit.frame(
+        night.rows,
+        [(r["key"], at, at in drawn, at in chosen) for r, at in zip(rows, places, strict=True)],
+        predictions=predictions,
+        nights=night.nights,
+        model_id=night.model_id,
+        field=field,
+    )
+
+
 def _read(image: str, troubles: Counter[str]) -> bytes | None:
     """The bytes of a photograph as predictions name it; None: counted under its trouble."""
     shard, _, key = image.partition(".parquet#")
@@ -282,6 +334,7 @@ def _write_review(
     night: _Night,
     rows: list[dict[str, Any]],
     photographs: list[bytes],
+    told: dict[str, Any] | None,
 ) -> None:
     for row, data in zip(rows, photographs, strict=True):
         storage.write_bytes(storage.join(out, PHOTOGRAPHS, row["key"]), data)
@@ -320,6 +373,7 @@ def _write_review(
             "class_names": list(night.class_names),
             "photographs": {row["key"]: row["sha256"] for row in rows},
             "settings": settings.model_dump(mode="json"),
+            "audit": told,
         },
     )
 

@@ -41,6 +41,12 @@ class ReviewSettings(Settings):
         description="labels to add: an export of Label Studio (JSON or JSON-MIN), or a CSV with "
         "the columns key and label",
     )
+    audit: int = Field(
+        0,
+        ge=0,
+        description="photographs that chance chooses beside them, to tell how many labels of the "
+        "nights are right once they are answered [photographs]",
+    )
     photographs: Url | None = Field(
         None,
         description="folder written by this job that --answers belongs to; none: the one named in "

@@ -26,7 +26,7 @@ from leafnet.core.errors import UserError
 from leafnet.metrics import drift
 from leafnet.metrics.nights import RATE, number_falls, share_differs
 from leafnet.reporting import charts, pages
-from leafnet.scoring import fields, ledger, shares, thumbnails
+from leafnet.scoring import audits, fields, ledger, shares, thumbnails
 from leafnet.scoring.ledger import Published
 from leafnet.scoring.night import Earlier, Night, earlier_nights, failure_slugs, read, summaries
 from leafnet.scoring.staging import Staging
@@ -169,6 +169,7 @@ def _content(
     images = str(last.get("images", ""))
     distributions = _distributions(night, model, reference)
     ordered = _ordered(night, earlier)
+    audit = audits.of_night(out, date, model_id)
     holds = not any(entry["shift"] and entry["shift"].is_large for entry in distributions)
     return {
         "date": date,
@@ -181,9 +182,11 @@ def _content(
         "enough": _ENOUGH_NIGHTS,
         "tiles": _tiles(night, earlier, date),
         "note": last.get("settings", {}).get("note"),
-        "alarms": _alarms(night, earlier, distributions, last),
+        "alarms": audits.alarms(audit, model.get("calibration", ()))
+        + _alarms(night, earlier, distributions, last),
         "labels": _labels(night, earlier, ordered),
         "shares": _shares(night, earlier, ordered, date),
+        "audit": audit,
         "told": shares.told(night.probabilities(), classes, model, holds=holds),
         "fields": fields.of_night(date, recent, last, classes, ordered, holds=holds),
         "distributions": distributions,

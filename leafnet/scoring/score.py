@@ -31,7 +31,7 @@ from leafnet.models.bundle import Bundle
 from leafnet.models.engine import measuring, ways
 from leafnet.models.rates import Way, correct
 from leafnet.reporting import pages
-from leafnet.scoring import explain, fields, ledger, listing, shares, telemetry, thumbnails
+from leafnet.scoring import audits, explain, fields, ledger, listing, shares, telemetry, thumbnails
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.ledger import Difference
 from leafnet.scoring.listing import Listing
@@ -449,6 +449,8 @@ def _publish(
     summary |= {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        "expected_accuracy": shares.expected_accuracy(summary["published"], summary["model"]),
+        "audited_accuracy": audits.newest_accuracy(settings.out),
     }
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
     staging.delete()

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from leafnet.metrics import estimate, prevalence
+from leafnet.core import storage
+from leafnet.metrics import drift, estimate, prevalence
 from leafnet.metrics.estimate import Estimate
 from leafnet.metrics.prevalence import Bias, Shares
 
@@ -74,6 +76,29 @@ def told(answers: Array, classes: Sequence[str], model: Mapping[str, Any], *, ho
             len(sure), float(sure.sum()), float((sure**2).sum()), model.get("calibration", ())
         ),
     )
+
+
+def expected_accuracy(url: str, model: Mapping[str, Any]) -> dict[str, float] | None:
+    """Of the published night at `url`, for its summary; None: it is unlike validation, or unknown.
+
+    Args:
+        url: of the file.
+        model: of the summary.
+    """
+    reference = model.get("reference")
+    if reference is None:
+        return None
+    with storage.open_file(url) as opened:
+        rows = pq.read_table(opened, columns=["probabilities", "confidence", "novelty"])
+    for name in ("confidence", "novelty"):
+        histogram = drift.histogram(reference[name])
+        none = histogram._replace(counts=np.zeros_like(histogram.counts))
+        shift = drift.shift(histogram, none.counted(rows[name].drop_null().to_numpy()))
+        if shift is None or shift.is_large:
+            return None
+    answers = probabilities(rows["probabilities"])
+    found = told(answers, model["class_names"], model, holds=True).accuracy
+    return None if found is None else dict(found._asdict())
 
 
 def by_class(shares: Shares, classes: Sequence[str]) -> dict[str, Estimate]:

@@ -6,6 +6,7 @@ asks for no CPU and stays when the job is over, keeps them. On a local Ray, whic
 there is nobody to read them.
 """
 
+import math
 import os
 import threading
 import time
@@ -59,6 +60,15 @@ METRICS = {
     ),
     "leafnet_review_share": Metric("gauge", "share of the last night for review [0 to 1]"),
     "leafnet_failed_share": Metric("gauge", "share of the last night that failed [0 to 1]"),
+    "leafnet_expected_accuracy": Metric(
+        "gauge",
+        "accuracy that the last night's confidences let expect, and its 95 % interval; none of a "
+        "night unlike validation [0 to 1]",
+        "bound",
+    ),
+    "leafnet_audited_accuracy": Metric(
+        "gauge", "accuracy by people's answers, of the nights audited last [0 to 1]", "bound"
+    ),
     "leafnet_images_per_second": Metric(
         "gauge", "speed of the last night by stage, as in its summary [images/s]", "stage"
     ),
@@ -97,6 +107,10 @@ def of_night(summary: Mapping[str, Any], *, max_failed: float) -> list[Value]:
             for stage, seconds in summary["seconds"].items()
         ),
     ]
+    for name in ("expected_accuracy", "audited_accuracy"):
+        # Else that of an earlier night would stay.
+        bounds = summary.get(name) or {"value": math.nan}
+        values += [(f"leafnet_{name}", {"bound": bound}, bounds[bound]) for bound in bounds]
     if scored:
         values += [
             ("leafnet_review_share", {}, status["review"] / scored),

@@ -136,6 +136,34 @@ def test_out_to_people_and_back(
     assert not (tmp_path / "shards.source").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_chance_chooses_some_and_their_answers_tell_of_the_night(
+    night: Path, data_set: ShardIndex, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    review, predictions = tmp_path / "review", str(night / "predictions")
+    run(settings(predictions=predictions, count=2, audit=6, out=str(review)))
+    said = capfd.readouterr().out
+    assert "chosen    2 of 13 photographs" in said
+    assert "audit     6 photographs that chance chose are among them" in said
+    document = json.loads((review / "review.json").read_text())["audit"]
+    shown = document["photographs"].values()
+    assert sum(one["chosen"] for one in shown) == 2
+    assert sum(one["drawn"] for one in shown) == 6
+    assert document["totals"]["all"] == {"": 13}
+    rows = list(csv.DictReader((review / "index.csv").open()))
+    assert {row["key"] for row in rows} == set(document["photographs"])
+    lines = [f"{row['key']},{row['predicted']}" for row in rows]
+    (review / "index.csv").write_text("\n".join(["key,label", *lines]) + "\n")
+    back = {"answers": str(review / "index.csv"), "base": data_set.root}
+    run(settings(**back, out=str(tmp_path / "shards")))
+    assert "audit     100.0 % of the labels of 2026-11-24 are right" in capfd.readouterr().out
+    kept = json.loads((night / "predictions" / "_audits" / "review.json").read_text())
+    assert kept["groups"]["night"]["2026-11-24"]["photographs"] == 13
+    page = (night / "predictions" / "_reports" / "2026-11-24.html").read_text()
+    assert "People looked at" in page
+
+
 def keys_of(index: ShardIndex, split: str) -> set[str]:
     tables = [shards.read_columns(index.root, s, ["key"]) for s in index.of_split(split)]
     return {key for table in tables for key in table["key"].to_pylist()}

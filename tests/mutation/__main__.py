@@ -48,6 +48,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "metrics.slices": (),
     "evaluation.settings": ("metrics/test_slices",),
     "labelling.selection": (),
+    "labelling.audit": (),
     "features.cache": (),
     "data.images": ("features/test_cache",),
     "features.moments": ("features/test_cache",),

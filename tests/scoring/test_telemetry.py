@@ -1,6 +1,7 @@
 """The night's metrics: on a real cluster's endpoint, and in what reads them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,11 @@ from tests.jobs.test_jobs import free_port, job, kill_session, run
 from tests.scoring.test_score import write_leaves
 
 MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring"
+EXPECTED = {"value": 0.9, "low": 0.85, "high": 0.95}
+NONE = pytest.approx(math.nan, nan_ok=True)
 SUMMARY: dict[str, Any] = {
+    "expected_accuracy": EXPECTED,
+    "audited_accuracy": None,
     "scored": 10,
     "status": {"ok": 6, "review": 3, "failed": 1},
     "reasons": {"low-confidence": 3, "truncated": 1},
@@ -50,6 +55,8 @@ def test_what_is_told_of_a_night() -> None:
         ("leafnet_night_reasons", {"reason": "truncated"}, 1),
         ("leafnet_images_per_second", {"stage": "from_start_to_end"}, 40.5),
         ("leafnet_night_seconds", {"stage": "total"}, 12.5),
+        *(("leafnet_expected_accuracy", {"bound": b}, v) for b, v in EXPECTED.items()),
+        ("leafnet_audited_accuracy", {"bound": "value"}, NONE),
         ("leafnet_review_share", {}, 0.3),
         ("leafnet_failed_share", {}, 0.1),
     ]
