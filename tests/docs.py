@@ -126,6 +126,7 @@ WHEN = {
     "date": "A night is made up for later",
     "retries": "The store fails often (more)",
     "max_failed": "Cameras that send broken files every night (higher)",
+    "unit": "Several photographs show one plant or plot, and one answer is wanted",
     "field": "Counts are wanted by field",
     "score:explain": "Who reviews asks where in a photograph the model sees its label",
     "cpus_per_decode": "GPUs wait for large photographs (smaller: more at a time)",

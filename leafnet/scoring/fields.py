@@ -34,6 +34,7 @@ Names = NDArray[np.str_]
 Naming = Callable[[pa.Table], Names]
 
 NO_POSITION, OUTSIDE = "(no position)", "(outside)"
+NO_FIELD = (NO_MATCH, NO_POSITION, OUTSIDE)
 
 _COLUMNS = ["image", "latitude", "longitude", "probabilities"]
 _DAYS = 7
@@ -274,7 +275,7 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
     def rank(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
         parts = re.split(r"(\d+)", name)
-        return name in (NO_MATCH, NO_POSITION, OUTSIDE), [
+        return name in NO_FIELD, [
             (part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part
         ]
 
@@ -349,11 +350,7 @@ def _map(
     classes: Sequence[str],
     marks: Mapping[str, tuple[int, str]],
 ) -> dict[str, Any]:
-    there = [
-        name
-        for name, field in tonight.items()
-        if len(field.places) and name not in (NO_MATCH, NO_POSITION, OUTSIDE)
-    ]
+    there = [name for name, field in tonight.items() if len(field.places) and name not in NO_FIELD]
     if not there:
         return {"map": None}
     middle = np.stack([np.median(tonight[name].places, axis=0) for name in there])

@@ -26,7 +26,7 @@ from leafnet.core.errors import UserError
 from leafnet.metrics import drift
 from leafnet.metrics.nights import RATE, number_falls, share_differs
 from leafnet.reporting import charts, pages
-from leafnet.scoring import audits, fields, ledger, shares, thumbnails
+from leafnet.scoring import audits, fields, ledger, shares, thumbnails, units
 from leafnet.scoring.ledger import Published
 from leafnet.scoring.night import Earlier, Night, earlier_nights, failure_slugs, read, summaries
 from leafnet.scoring.staging import Staging
@@ -187,6 +187,7 @@ def _content(
         "labels": _labels(night, earlier, ordered),
         "shares": _shares(night, earlier, ordered, date),
         "audit": audit,
+        "units": units.told(out, tonight),
         "told": shares.told(night.probabilities(), classes, model, holds=holds),
         "fields": fields.of_night(date, recent, last, classes, ordered, holds=holds),
         "distributions": distributions,

@@ -31,7 +31,17 @@ from leafnet.models.bundle import Bundle
 from leafnet.models.engine import measuring, ways
 from leafnet.models.rates import Way, correct
 from leafnet.reporting import pages
-from leafnet.scoring import audits, explain, fields, ledger, listing, shares, telemetry, thumbnails
+from leafnet.scoring import (
+    audits,
+    explain,
+    fields,
+    ledger,
+    listing,
+    shares,
+    telemetry,
+    thumbnails,
+    units,
+)
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.ledger import Difference
 from leafnet.scoring.listing import Listing
@@ -121,8 +131,9 @@ def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None
         retries=settings.retries,
     )
     _say_listing(photographs, difference)
-    if settings.field is not None:
-        fields.refuse_no_match(settings.field, photographs.photographs, flag="--field")
+    for flag, pattern in (("--field", settings.field), ("--unit", settings.unit)):
+        if pattern is not None:
+            fields.refuse_no_match(pattern, photographs.photographs, flag=flag)
     listed_s = time.monotonic() - began
     if not difference.todo.any():
         if found:
@@ -444,6 +455,7 @@ def _publish(
     schema = scoring_rows.schema(model.class_names, model_id=model.model_id, run_id=staging.run_id)
     publish(staging, settings.out, schema=schema, check=check)
     keep_thumbnails(staging, settings.out)
+    units.keep(settings.out, summary)
     seconds["publish"] = time.monotonic() - began_publish
     seconds["total"] = time.monotonic() - began
     summary |= {
@@ -472,6 +484,7 @@ def _finish(staging: Staging, out: str) -> Summary:
     """What is left to do for a night that was killed just after it was published."""
     summary = staging.read_summary()
     keep_thumbnails(staging, out)
+    units.keep(out, summary)
     url = _summary_url(out, staging.run_id)
     if not storage.exists(url):
         storage.write_json(url, summary)

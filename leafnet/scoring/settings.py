@@ -56,6 +56,11 @@ class ScoreSettings(Settings):
         description="show class activation maps beside the photographs for review in the report, "
         "for 500 at most; that many take half a minute on two cores at the end of the night",
     )
+    unit: str | None = Field(
+        None,
+        description="what tells the plant or plot of a photograph, for one verdict of all that "
+        "show it: a regular expression on its URL, or a GeoJSON file as for --field",
+    )
     field: str | None = Field(
         None,
         description="what tells the field of a photograph, for the report's table by field: a "
