@@ -2,13 +2,32 @@
 
 from leafnet.core.job import Job
 from leafnet.evaluation.settings import EvaluateSettings
+from leafnet.preparation import evaluation, sources
 
 EXAMPLES = """\
   python jobs/evaluate.py --model runs/potato/model --shards data/shards --out evaluation
+  python jobs/evaluate.py --model runs/potato/model --images neighbours_field
   python jobs/evaluate.py --model runs/b/model --against runs/a/model --shards data/shards
   python jobs/evaluate.py --model runs/b/model --shards data/shards --tta 8 --slice_by "(farm_.)/"
 """
-job = Job(EvaluateSettings, "leafnet.evaluation.evaluate", __doc__, EXAMPLES)
+
+
+def run(settings: EvaluateSettings) -> None:
+    if settings.images is None:
+        from leafnet.evaluation import evaluate
+
+        evaluate.run(settings)
+        return
+    listing = sources.look(settings.images, evaluation=True)
+    # Only now that the source is known to be right: Ray takes seconds to import.
+    from leafnet.evaluation import evaluate
+
+    evaluate.check_classes(settings, listing.source, listing.classes)
+    with evaluation.data_set(listing, beside=settings.out, ray=settings.ray) as shards:
+        evaluate.run(settings, data_set=shards)
+
+
+job = Job(EvaluateSettings, run, __doc__, EXAMPLES)
 
 if __name__ == "__main__":
     job.main()

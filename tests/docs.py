@@ -113,6 +113,8 @@ WHEN = {
     "mlflow.experiment": "Runs of several projects on one server",
     # evaluate
     "model": "Always given",
+    "evaluate:shards": "Always given, but with --images",
+    "evaluate:images": "Photographs of another field or season, of which there are no shards",
     "evaluate:split": "`all` for a data set that was never trained on",
     "evaluate:out": "The figures are for a program or a page",
     "against": "To see whether a new model is better, and not by chance",

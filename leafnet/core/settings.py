@@ -347,8 +347,26 @@ def _from_text(text: str, field: FieldInfo) -> Any:
     if type(None) in parts and text.lower() in ("none", "null"):
         return None
     if typing.get_origin(field.annotation) is tuple:
-        return () if text.lower() in ("", "none") else text.split(",")
+        return () if text.lower() in ("", "none") else _pieces(text)
     return text
+
+
+def _pieces(text: str) -> list[str]:
+    """The parts of a list; in one of NAME=VALUE, a comma before the `=` is part of the name.
+
+    >>> _pieces("a,b"), _pieces("Pepper,_bell=0.9,rust=1")
+    (['a', 'b'], ['Pepper,_bell=0.9', 'rust=1'])
+    """
+    parts = text.split(",")
+    if "=" not in text:
+        return parts
+    pieces, name = list[str](), list[str]()
+    for part in parts:
+        name.append(part)
+        if "=" in part:
+            pieces.append(",".join(name))
+            name = []
+    return [*pieces, *name]
 
 
 def _with_underscores(word: str) -> str:

@@ -391,8 +391,13 @@ def _directory(exif: Image.Exif, tag: ExifTags.IFD) -> dict[int, Any]:
 
 
 def _captured_at(exif: Image.Exif) -> datetime | None:
-    taken = _directory(exif, ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
-    for text in (taken, exif.get(ExifTags.Base.DateTime)):
+    of_camera = _directory(exif, ExifTags.IFD.Exif)
+    # The last is that of the latest edit.
+    for text in (
+        of_camera.get(ExifTags.Base.DateTimeOriginal),
+        of_camera.get(ExifTags.Base.DateTimeDigitized),
+        exif.get(ExifTags.Base.DateTime),
+    ):
         try:
             return datetime.strptime(str(text)[:19], "%Y:%m:%d %H:%M:%S")
         except ValueError:  # also 0000:00:00, from cameras whose clock was never set

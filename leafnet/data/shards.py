@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
@@ -29,6 +30,8 @@ SPLITS = ("train", "valid", "test")
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
 _REMEDY = "prepare the data set again with jobs/prepare.py"
+_EXAMPLE = re.compile(rf"(.*?/(?:{'|'.join(SPLITS)})-\d{{5}}\.parquet)#(.*)", re.DOTALL)
+
 DUPLICATES_NAME = "duplicates.parquet"
 
 SCHEMA = pa.schema(
@@ -254,6 +257,18 @@ def unchecked_groups(index: ShardIndex, split: str, names: Sequence[str]) -> Ite
             parquet = pq.ParquetFile(file)
             for group in range(parquet.num_row_groups):
                 yield parquet.read_row_group(group, columns=list(names))
+
+
+def split_url(image: str) -> tuple[str, str]:
+    """The shard and the key of an example as predictions name it; "" where it is a file itself.
+
+    Folders and keys may have `#` in their names as well.
+
+    >>> split_url("/field#7/test-00000.parquet#a/b#1.jpg"), split_url("/field#7/1.jpg")
+    (('/field#7/test-00000.parquet', 'a/b#1.jpg'), ('/field#7/1.jpg', ''))
+    """
+    match = _EXAMPLE.fullmatch(image)
+    return (match[1], match[2]) if match else (image, "")
 
 
 def read_rows(root: str, shard: Shard, rows: Sequence[int]) -> pa.Table:

@@ -1,5 +1,6 @@
 """One Ray Data pipeline over the rows of shards: decode, batch, predict."""
 
+import json
 import platform
 import uuid
 from collections.abc import Iterator, Sequence
@@ -117,7 +118,7 @@ def _decoded_groups(
             "shard": np.array([shard.name]),
             "row_group": np.array([i]),
             # One string, because Ray would pickle an array of lists.
-            "keys": np.array(["\n".join(keys)]),
+            "keys": np.array([json.dumps(keys)]),
             "labels": table.column("label").to_numpy()[None],
             "sizes": np.stack([table.column("width"), table.column("height")], axis=1)[None],
             "pixels": np.stack(pixels)[None],

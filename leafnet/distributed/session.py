@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -67,8 +68,18 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
                     logging_level=logging.WARNING,
                     runtime_env=None if local else {"env_vars": _WORKER_ENVIRONMENT},
                 )
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "Version mismatch" not in str(error):
+                ray.shutdown()
+                raise
             reason = " ".join(str(error).split())
+            if "Version mismatch" in reason:
+                raise UserError(
+                    "other-version",
+                    f"the Ray cluster at {address or 'this machine'} has other versions than this "
+                    f"process ({_versions(reason)}); install the same here and there, or submit "
+                    "the job to the cluster",
+                ) from None
             raise UserError(
                 "no-cluster",
                 f"cannot use a Ray cluster at {address or 'this machine'}: {reason}",
@@ -92,6 +103,22 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+def _versions(message: str) -> str:
+    """Both versions in Ray's message on a mismatch, which is of many lines.
+
+    >>> _versions("The cluster was started with: Ray: 2.9.0 Python: 3.10.1 This process on node "
+    ...     "10.0.0.1 was started with: Ray: 2.55.1 Python: 3.11.7")
+    'cluster: Ray 2.9.0, Python 3.10.1; here: Ray 2.55.1, Python 3.11.7'
+    """
+    found = re.findall(r"(Ray|Python): (\S+)", message)
+    half = len(found) // 2
+    told = [
+        ", ".join(f"{name} {version}" for name, version in part)
+        for part in (found[:half], found[half:])
+    ]
+    return f"cluster: {told[0]}; here: {told[1]}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,53 @@ _PROBED = 400
 # jobs/evaluate.py
 
 
-def run(settings: EvaluateSettings) -> None:
-    """Evaluate a published model on a split of a data set, every image once.
+def check_classes(
+    settings: EvaluateSettings, source: str, classes: Mapping[str, set[str]] | None
+) -> None:
+    """Refuse photographs of classes that the model lacks, as far as their classes are known.
 
     Raises:
-        UserError: no model, no data set, or they have other classes; a regular expression that is
-            none or finds nothing; an engine that cannot be run.
+        UserError: there are some.
+    """
+    named = set().union(*classes.values()) if classes else set()
+    _refuse_other_classes(bundle.load(settings.model), sorted(named), source)
+
+
+def _refuse_other_classes(model: Bundle, names: Sequence[str], source: str) -> None:
+    unknown = sorted(set(names) - set(model.class_names))
+    if unknown:
+        raise UserError(
+            "other-classes",
+            f"the model {model.url} has the classes {', '.join(model.class_names)}; {source} has "
+            f"{', '.join(names)}, and the model knows no {unknown[0]}",
+        )
+
+
+def run(settings: EvaluateSettings, *, data_set: str | None = None) -> None:
+    """Evaluate a published model on a split of a data set, every image once.
+
+    Args:
+        settings: of the job.
+        data_set: the one that was made of `settings.images`.
+
+    Raises:
+        UserError: no model, no data set, or one with classes that the model lacks; a regular
+            expression that is none or finds nothing; an engine that cannot be run.
     """
     model = bundle.load(settings.model)
-    index = open_index(settings.shards, settings.data)
+    index = open_index(str(data_set or settings.shards), settings.data)
     shards.check_sizes(index)
     other = bundle.load(settings.against) if settings.against else None
-    for each in filter(None, (model, other)):
-        if each.class_names != index.class_names:
-            raise UserError(
-                "other-classes",
-                f"the model {each.url} has the classes {', '.join(each.class_names)}; the data set "
-                f"{index.root} has {', '.join(index.class_names)}",
-            )
+    if other is not None and other.class_names != model.class_names:
+        raise UserError(
+            "other-classes",
+            f"the model {other.url} has the classes {', '.join(other.class_names)}; "
+            f"{model.url} has {', '.join(model.class_names)}",
+        )
+    _refuse_other_classes(model, index.class_names, settings.images or index.root)
+    # A data set for evaluation may lack some of the model's classes, and number the others.
+    places = np.array([model.class_names.index(name) for name in index.class_names])
+    index = replace(index, class_names=model.class_names)
     splits = [
         split
         for split in reversed(SPLITS)
@@ -86,7 +116,7 @@ def run(settings: EvaluateSettings) -> None:
     terminal.keeps("nothing of the evaluation is kept")
     with _log(settings.out) as log, session.session(settings.ray) as found:
         nodes = session.with_gpus(found, settings.gpu, "auto", settings.ray, say)
-        document = _run_on(nodes, settings, model, other, index, splits, pattern)
+        document = _run_on(nodes, settings, model, other, index, places, splits, pattern)
         terminal.result(
             model=model.url, model_id=model.model_id, metrics=figures(document["splits"])
         )
@@ -115,15 +145,18 @@ def _run_on(
     model: Bundle,
     other: Bundle | None,
     index: ShardIndex,
+    places: NDArray[np.int64],
     splits: Sequence[str],
     pattern: re.Pattern[str] | None,
 ) -> dict[str, Any]:
     machines = resources.machines(nodes, settings.gpu)
     made, way = _predict(settings, model, index, splits, machines)
+    for split, found in made.splits.items():
+        made.splits[split] = found._replace(labels=places[found.labels])
     document: dict[str, Any] = {
         "version": VERSION,
         "model": {"url": model.url, "model_id": model.model_id},
-        "data": {"shards": index.root, "fingerprint": index.fingerprint},
+        "data": {"shards": settings.images or index.root, "fingerprint": index.fingerprint},
         "engine": way.engine,
         "precision": way.precision,
         "splits": {},

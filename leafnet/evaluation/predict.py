@@ -4,6 +4,7 @@ Two stages. Tasks read whole shards, check and decode them; actors hold the netw
 them is a row group of decoded pixels, so that no group is ever cut in two on its way.
 """
 
+import json
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -366,7 +367,7 @@ class _Predictor:
 
         outputs = tta.run(forward, self._model.head, pixels, views=self._views)
         made = Predictions(
-            str(batch["keys"][0]).split("\n"),
+            json.loads(str(batch["keys"][0])),
             np.asarray(batch["labels"][0], np.int64),
             outputs.logits,
             outputs.plain,

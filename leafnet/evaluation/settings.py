@@ -17,7 +17,6 @@ from leafnet.core.settings import (
     Precision,
     RaySettings,
     Settings,
-    Shards,
     Url,
     Views,
 )
@@ -27,7 +26,14 @@ class EvaluateSettings(Settings):
     """Settings of jobs/evaluate.py."""
 
     model: Model
-    shards: Shards
+    shards: Url | None = Field(
+        None, description="data set written by jobs/prepare.py; or give --images"
+    )
+    images: Url | None = Field(
+        None,
+        description="photographs in class folders, or any source of jobs/prepare.py, to evaluate "
+        "on without preparing them",
+    )
     split: Literal["train", "valid", "test", "all"] = Field(
         "test", description="split to evaluate on"
     )
@@ -54,6 +60,12 @@ class EvaluateSettings(Settings):
     batch_size: BatchSize = "auto"
     data: DataSettings = DataSettings()
     ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvaluateSettings":
+        if (self.shards is None) == (self.images is None):
+            raise ValueError("give --shards DATA or --images PHOTOGRAPHS, one of the two")
+        return self
 
 
 class PromoteSettings(Settings):

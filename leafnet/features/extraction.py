@@ -1,5 +1,6 @@
 """Features of views, computed by the frozen network on every CPU or GPU of the cluster."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Extractor:
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         shard, group = str(batch["shard"][0]), int(batch["row_group"][0])
-        pixels, keys = batch["pixels"][0], str(batch["keys"][0]).split("\n")
+        pixels, keys = batch["pixels"][0], json.loads(str(batch["keys"][0]))
         for part in self._parts[shard][group]:
             views = range(part.first, part.stop)
             out = np.empty((len(keys) * len(views), FEATURES), np.float16)

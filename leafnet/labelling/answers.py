@@ -127,17 +127,18 @@ def _taken(
 ) -> list[_Labelled]:
     """The answers that can be taken; of all others it is told in a line each kind."""
     taken: dict[str, _Labelled] = {}
+    known = {samples.class_name(name): name for name in classes}
     refused: dict[str, list[str]] = {}
     for answer in answers:
-        trouble = answer.trouble
+        trouble, label = answer.trouble, known.get(answer.label)
         if answer.key not in review.photographs:
             trouble = "no such photograph"
-        elif answer.label is not None and answer.label not in classes:
+        elif answer.label is not None and label is None:
             trouble = f"unknown class {answer.label!r}"
         if trouble is not None:
             refused.setdefault(trouble, []).append(answer.key)
             continue
-        if answer.label is None:
+        if label is None:
             continue
         place = storage.join(folder, PHOTOGRAPHS, answer.key)
         try:
@@ -150,7 +151,7 @@ def _taken(
             refused.setdefault("the photograph was changed", []).append(answer.key)
             continue
         key = f"{posixpath.basename(folder)}/{answer.key}"
-        taken[answer.key] = _Labelled(key, answer.label, data, digest)
+        taken[answer.key] = _Labelled(key, label, data, digest)
     refused_count = sum(map(len, refused.values()))
     skipped = len(answers) - len(taken) - refused_count
     say(f"answers   {len(taken):,} taken, {skipped:,} without a label, {refused_count:,} refused")

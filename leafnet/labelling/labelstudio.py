@@ -3,9 +3,6 @@
 The formats are those of https://labelstud.io/guide/task_format and /guide/predictions.
 """
 
-import csv
-import io
-import json
 import posixpath
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +11,8 @@ from xml.sax.saxutils import quoteattr
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.data.tables import SUFFIXES, columns, read_table
+from leafnet.preparation.samples import class_name
 
 # What the folder of a review holds.
 PHOTOGRAPHS, TASKS, CONFIG = "photographs", "tasks.json", "label_config.xml"
@@ -89,62 +88,66 @@ def task(
 
 
 def read_answers(url: str) -> Answers:
-    """The answers in Label Studio's export (JSON or JSON-MIN) or a CSV with `key` and `label`.
+    """The answers in Label Studio's export (JSON, JSON-MIN or CSV), or in an index.csv of a review.
+
+    One rule for all of them: of several people who labelled a photograph, those who marked their
+    label as ground truth count (only JSON tells), else everybody; where they disagree, or chose
+    several labels, there is no answer.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of them.
     """
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         raise UserError("no-such-file", f"--answers {url} does not exist") from None
-    if url.lower().endswith(".csv"):
-        return _from_csv(url, data)
     try:
-        document = json.loads(data)
-    except ValueError as error:
-        raise UserError("bad-answers", f"--answers {url} is not valid JSON: {error}") from None
-    if not isinstance(document, list) or not all(isinstance(entry, dict) for entry in document):
+        # Without a suffix, an export is JSON.
+        rows = read_table(url if url.lower().endswith(SUFFIXES) else f"{url}.json", data)
+    except UserError as error:
+        remedy = "; export the project as JSON, JSON-MIN or CSV"
+        raise UserError("bad-answers", f"--answers {error}{remedy}") from None
+    there = columns(rows)
+    if rows and not url.lower().endswith(".json") and not {"key", "label"} <= set(there):
         raise UserError(
             "bad-answers",
-            f"--answers {url} is no list of tasks; export the project as JSON or JSON-MIN",
+            f"--answers {url} has the columns {', '.join(there)}; needed are key and label",
         )
-    answers, folder = [], None
-    for entry in document:
-        task = entry.get("data", entry)  # JSON-MIN has no level for it
+    if url.lower().endswith(".json") and "" in there:
+        raise UserError("bad-answers", f"--answers {url} is no list of tasks; export the project")
+    answers: dict[str, list[Answer]] = {}
+    folder = None
+    for row in rows:
+        task = row.get("data", row)  # only JSON has a level for it
         folder = folder or task.get("folder")
         key = task.get("key") or unquote(posixpath.basename(str(task.get(_IMAGE, ""))))
-        answers.append(
-            _of_task(key, entry) if "annotations" in entry else _of_text(key, entry.get(_LABEL))
-        )
-    return Answers(tuple(answers), folder)
+        answer = _of_task(key, row) if "annotations" in row else _of_text(key, row.get(_LABEL))
+        answers.setdefault(key, []).append(answer)
+    return Answers(tuple(map(_settle, answers.values())), folder)
 
 
-def _from_csv(url: str, data: bytes) -> Answers:
-    try:
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError("bad-answers", f"--answers {url} is no CSV in UTF-8: {error}") from None
-    if rows and not {"key", "label"} <= rows[0].keys():
-        raise UserError(
-            "bad-answers",
-            f"--answers {url} has the columns {', '.join(map(str, rows[0]))}; needed are key and "
-            "label",
-        )
-    return Answers(tuple(_of_text(row["key"] or "", row["label"]) for row in rows), None)
+def _settle(answers: list[Answer]) -> Answer:
+    """One answer of all for one photograph: JSON-MIN and CSV have a row for each person."""
+    trouble = next((answer for answer in answers if answer.trouble is not None), None)
+    labels = {answer.label for answer in answers} - {None}
+    if trouble or len(labels) < 2:
+        return trouble or next((a for a in answers if a.label is not None), answers[0])
+    told = " or ".join(sorted(map(str, labels)))
+    return Answer(answers[0].key, None, f"people disagree: {told}")
 
 
 def _of_text(key: str, label: Any) -> Answer:
-    if isinstance(label, dict):  # several choices in JSON-MIN
+    # Several choices: an object in JSON-MIN, its text in CSV.
+    if isinstance(label, dict) or str(label).startswith('{"choices"'):
         return Answer(key, None, "several labels")
-    return Answer(key, str(label or "").strip() or None)
+    return Answer(key, class_name(str(label or "")))
 
 
 def _of_task(key: str, entry: dict[str, Any]) -> Answer:
     """The answer of all who labelled it: who marked it as ground truth, else everybody's."""
     given = [a for a in entry["annotations"] if not a.get("was_cancelled")]
     given = [a for a in given if a.get("ground_truth")] or given
-    labels = set()
+    answers = []
     for annotation in given:
         chosen = [
             choice
@@ -154,7 +157,5 @@ def _of_task(key: str, entry: dict[str, Any]) -> Answer:
         ]
         if len(chosen) > 1:
             return Answer(key, None, "several labels")
-        labels.update(chosen)
-    if len(labels) > 1:
-        return Answer(key, None, f"people disagree: {' or '.join(sorted(labels))}")
-    return Answer(key, labels.pop() if labels else None)
+        answers += [Answer(key, class_name(choice)) for choice in chosen]
+    return _settle(answers or [Answer(key, None)])

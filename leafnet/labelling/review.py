@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from leafnet.core import storage, terminal
 from leafnet.core.errors import UserError
 from leafnet.core.terminal import say
+from leafnet.data import shards
 from leafnet.data.images import ImageError, decode
 from leafnet.labelling import answers, audit, labelstudio, selection
 from leafnet.labelling.labelstudio import (
@@ -284,11 +285,11 @@ def _audit(
 
 def _read(image: str, troubles: Counter[str]) -> bytes | None:
     """The bytes of a photograph as predictions name it; None: counted under its trouble."""
-    shard, _, key = image.partition(".parquet#")
+    shard, key = shards.split_url(image)
     try:
         if not key:
             return storage.read_bytes(image)
-        with storage.open_file(f"{shard}.parquet") as file:
+        with storage.open_file(shard) as file:
             table = pq.read_table(file, columns=["key", "image"], filters=[("key", "=", key)])
         if table.num_rows:
             return bytes(table["image"][0].as_py())

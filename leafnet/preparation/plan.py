@@ -62,7 +62,7 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
         )
     examples = read_examples(good)
     listed = set(pc.unique(read["label"]).to_pylist()) - {None}
-    evaluation = policy.shares[TRAIN] == 0 and not has_splits
+    evaluation = policy.shares[TRAIN] == 0
     evaluation |= has_splits and set(examples.split.tolist()) == {TEST}
     _check_classes(examples, listed, source, evaluation=evaluation)
     pairs = near_pairs(examples.hash, policy.near_distance)

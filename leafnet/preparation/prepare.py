@@ -79,8 +79,10 @@ _READ_SCHEMA = pa.schema(
 )
 
 
-def run(settings: PrepareSettings, listing: Listing) -> None:
+def run(settings: PrepareSettings, listing: Listing, *, say_next: bool = True) -> None:
     """Write the data set of `listing` to `settings.out`, unless it is there already.
+
+    `say_next` ends with the command that a person may go on with.
 
     Raises:
         UserError: something in the settings or the photographs is wrong; another job is at work
@@ -101,6 +103,11 @@ def run(settings: PrepareSettings, listing: Listing) -> None:
             _say_listing(listing)
             index, plan, read = _prepare(settings, listing, out, held)
             _say_results(index, plan, listing, read, time.monotonic() - began)
+            if say_next:
+                job, more = "train.py", " --name NAME"
+                if not index.examples("train"):
+                    job, more = "evaluate.py", " --model MODEL"
+                say(f"next        python jobs/{job} --shards {index.root}{more}")
             terminal.result(
                 shards=out, fingerprint=index.fingerprint, read=read, counts=index.counts
             )
@@ -614,9 +621,11 @@ def _say_results(
     rejected = Counter(plan.rejected["reason"].to_pylist())
     told = f"{rejected.total():,} of {read:,}"
     if rejected:
-        told += f" ({', '.join(f'{n:,} {reason}' for reason, n in rejected.most_common())}), "
-        told += f"{commonest(plan.rejected)}; all: {storage.join(index.root, REJECTED)}"
+        told += f" ({', '.join(f'{n:,} {reason}' for reason, n in rejected.most_common())}): "
+        told += storage.join(index.root, REJECTED)
     say(f"rejected    {told}")
+    if rejected:
+        say(f"            {commonest(plan.rejected)}")
     kinds = Counter(plan.duplicates["kind"].to_pylist())
     told = ", ".join(f"{kinds[kind]:,} {kind}" for kind in ("exact", "near"))
     if kinds:
@@ -630,5 +639,3 @@ def _say_results(
     say(f"shards      {len(index.shards):,}, {_megabytes(size)}: {index.root}")
     say(f"fingerprint {index.fingerprint[:16]}")
     say(f"took        {terminal.duration(seconds)}, log: {storage.join(index.root, _LOG)}")
-    job = "train.py --name NAME" if index.examples("train") else "evaluate.py --model MODEL"
-    say(f"next        python jobs/{job} --shards {index.root}")

@@ -12,13 +12,15 @@ class PrepareSettings(Settings):
 
     source: Url = Field(
         description="photographs: a folder with a folder for each class, or such folders below "
-        "train/, valid/ and test/; Parquet in the Hugging Face image layout; WebDataset tars"
+        "train/, valid/ and test/; photographs with a table of labels; Parquet in the Hugging Face "
+        "image layout; tars of class folders or in the WebDataset layout"
     )
     out: Url = Field(description="folder or URL for the shards")
     split: str = Field(
         "80/10/10",
         pattern=r"^\d+/\d+/\d+$",
-        description="shares of train/valid/test [%] if the source has no splits of its own",
+        description="shares of train/valid/test [%] if the source has no splits of its own; "
+        "0/0/100: for evaluation alone",
     )
     group: str | None = Field(
         None,
@@ -54,7 +56,7 @@ class PrepareSettings(Settings):
         shares = [int(share) for share in value.split("/")]
         if sum(shares) != 100 or (not shares[0] and shares[1:] != [0, 100]):
             raise ValueError(
-                "the three shares must add up to 100 with some for train, or be 0/0/100 for a data "
-                f"set to evaluate on, got {value}"
+                f"the three shares must add up to 100 with some for train, got {value}; 0/0/100 is "
+                "for evaluation alone"
             )
         return value

@@ -31,12 +31,14 @@ def assign_splits(
             notes += _crossing_note(named, examples.split)
         there = set(np.unique(examples.split).tolist())
         shares = [share if i == TRAIN or i not in there else 0 for i, share in enumerate(shares)]
-    carved = split == TRAIN
+        shares = shares if policy.shares[TRAIN] else [0, 0, 0]
+    # Shares without train are for evaluation, where the splits of the source stay what they are.
+    carved = split == TRAIN if any(shares) else np.zeros(split.size, np.bool_)
     split[carved] = stratify(
         examples.label[carved], group[carved], (shares[0], shares[1], shares[2]), seed=policy.seed
     )
     for i in (VALID, TEST):
-        if has_splits and i not in there and TRAIN in there:
+        if has_splits and i not in there and TRAIN in there and shares[TRAIN]:
             count = int(np.sum(split == i))
             notes.append(
                 f"the source has no {SPLITS[i]} split: {count:,} photographs of train become it"

@@ -121,7 +121,9 @@ def _read_all(listed: pa.Table) -> Iterator[tuple[dict[str, Any], bytes | ImageE
     """Each row with its bytes, or with why there are none."""
     rows = listed.to_pylist()
     if rows and rows[0]["row"] is not None:
-        for url, group in itertools.groupby(rows, key=lambda row: row["image"].split("#", 1)[0]):
+        for url, group in itertools.groupby(
+            rows, key=lambda row: shards.split_url(row["image"])[0]
+        ):
             yield from _read_shard(url, list(group))
     elif all(storage.is_local(row["image"]) for row in rows):
         for row in rows:

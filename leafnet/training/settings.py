@@ -1,5 +1,6 @@
 """Settings of the job train."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -228,10 +229,7 @@ class TrainSettings(Settings):
 
     shards: Shards
     out: Url = Field("runs", description="folder or URL of all runs")
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of this run and of its folder in --out",
-    )
+    name: str = Field(description="name of this run and of its folder in --out")
     weights: str = Field(
         "imagenet",
         description="weights of the ResNet50: imagenet, random, or path or URL of an .h5 or "
@@ -312,3 +310,14 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     mlflow: MlflowSettings = MlflowSettings()
     ray: RaySettings = RaySettings()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            other = re.sub(r"[^A-Za-z0-9._-]+", "_", value).strip("._-") or "leaves"
+            raise ValueError(
+                "a name has letters A to Z and digits, and behind the first also . _ and -, such "
+                f"as {other}"
+            )
+        return value

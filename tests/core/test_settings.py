@@ -412,6 +412,7 @@ DEFAULTS: dict[type[Settings], str] = {
         ray: {address: null, cpus: null, wait: 900.0}
     """,
     EvaluateSettings: """
+        images: null
         split: test
         out: null
         against: null

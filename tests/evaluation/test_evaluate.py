@@ -15,6 +15,7 @@ import pytest
 import ray
 from PIL import Image
 
+from jobs import evaluate as evaluate_job
 from leafnet.core import terminal
 from leafnet.core.cache import LocalCache
 from leafnet.core.errors import UserError
@@ -36,7 +37,7 @@ from leafnet.metrics.scores import softmax
 from leafnet.models import bundle, weights
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import head_logits, initial_head
-from tests.conftest import write_data_set
+from tests.conftest import leaf_jpeg, write_data_set
 from tests.metrics.test_calibration import simulated
 
 NAMES = ("early_blight", "healthy", "late_blight")
@@ -565,6 +566,37 @@ def test_random_weights_see_nothing(random_model: str, source: str | None, expla
     model = bundle.load(random_model)
     description = {} if source is None else {"backbone": {"source": source}}
     assert evaluate._sees_something(replace(model, description=description)) is explain
+
+
+@pytest.mark.ray
+def test_photographs_are_evaluated_without_preparing_them(
+    local_ray: None, random_model: str, tmp_path: Path
+) -> None:
+    """Of two of the model's three classes, numbered otherwise, with a copy and without a split."""
+    names = {"late_blight": 3, "healthy": 2}
+    for name, count in names.items():
+        for i in range(count):
+            path = tmp_path / "field" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(leaf_jpeg(name, seed=min(i, 1)))
+    out = tmp_path / "evaluation"
+    asked = {"model": random_model, "images": str(tmp_path / "field"), "out": str(out)}
+    evaluate_job.run(EvaluateSettings.model_validate({**asked, "precision": "float32"}))
+    document, _ = read(str(out))
+    assert document["data"]["shards"] == asked["images"]
+    confusion = np.array(document["splits"]["test"]["confusion"])
+    assert confusion.sum(axis=1).tolist() == [0, 2, 3]
+    model = bundle.load(random_model)
+    for name, count in names.items():
+        for i in range(count):
+            data = (tmp_path / "field" / name / f"{i}.jpg").read_bytes()
+            predicted = model.class_names.index(model.predict([data])[0].label)
+            confusion[model.class_names.index(name), predicted] -= 1
+    assert not confusion.any()
+    assert {path.name for path in tmp_path.iterdir()} == {"field", "evaluation"}
+    (tmp_path / "field" / "healthy").rename(tmp_path / "field" / "rust")
+    with pytest.raises(UserError, match="has late_blight, rust, and the model knows no rust"):
+        evaluate_job.run(EvaluateSettings.model_validate(asked))
 
 
 @pytest.mark.usefixtures("without_a_network")

@@ -78,12 +78,10 @@ def test_the_small_export(tmp_path: Path) -> None:
     small = [{"id": 1, "label": "rust", "annotator": 1, **task("1.jpg")["data"]}]
     several = [{**small[0], "label": {"choices": ["rust", "ok"]}}]
     without = [{"image": "/data/local-files/?d=review/photographs/a%20b.jpg", "label": "ok"}]
-    found = exported(tmp_path / "min.json", small + several + without)
-    assert found.answers == (
-        Answer("1.jpg", "rust"),
-        Answer("1.jpg", None, "several labels"),
-        Answer("a b.jpg", "ok"),
-    )
+    found = exported(tmp_path / "min.json", small + without)
+    assert found.answers == (Answer("1.jpg", "rust"), Answer("a b.jpg", "ok"))
+    found = exported(tmp_path / "min.json", small + several)
+    assert found.answers == (Answer("1.jpg", None, "several labels"),)
 
 
 def test_a_table(tmp_path: Path) -> None:
@@ -98,9 +96,9 @@ def test_a_table(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.json", "{", "is not valid JSON"),
-        ("a.json", '{"tasks": []}', "is no list of tasks; export the project as JSON"),
+        ("a.json", '{"tasks": []}', "is no list of rows; export the project as JSON"),
         ("a.csv", "file,class\n1.jpg,rust\n", "has the columns file, class; needed are key and"),
-        ("a.csv", "key,label\n\xff", "is no CSV in UTF-8"),
+        ("a.csv", "key,label\n\xff", "is not UTF-8 text .*; save it as CSV UTF-8"),
         ("gone.json", None, r"gone\.json does not exist"),
     ],
 )
@@ -204,7 +202,7 @@ def test_no_answers_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["3", '"a"', "[3]", '[{"key": "a"}, 3]', "null"])
 def test_a_document_that_is_no_list_of_tasks(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match="is no list of tasks; export the project") as caught:
+    with pytest.raises(UserError, match=r"is no list of (rows|tasks); export ") as caught:
         labelstudio.read_answers(str(tmp_path / "a.json"))
     assert caught.value.reason == "bad-answers"
 
@@ -215,3 +213,50 @@ def test_both_columns_are_needed(header: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needed are key and label") as caught:
         labelstudio.read_answers(str(tmp_path / "a.csv"))
     assert caught.value.reason == "bad-answers"
+
+
+def test_three_exports_and_one_rule_on_disagreement(tmp_path: Path) -> None:
+    """JSON has all annotations in a task, JSON-MIN and CSV a row for each of them."""
+    labelled = {
+        "1.jpg": ["rust", "rust"],
+        "2.jpg": ["rust", "scab"],
+        "3.jpg": [None, "scab"],
+        "4.jpg": [None],
+        "5.jpg": [["rust", "scab"]],
+    }
+    expected = (
+        Answer("1.jpg", "rust"),
+        Answer("2.jpg", None, "people disagree: rust or scab"),
+        Answer("3.jpg", "scab"),
+        Answer("4.jpg", None),
+        Answer("5.jpg", None, "several labels"),
+    )
+    tasks, rows, lines = [], [], []
+    for key, labels in labelled.items():
+        given = []
+        for label in labels:
+            several = label if isinstance(label, list) else [label] if label else []
+            given.append(annotation(*several))
+            stored = {"choices": label} if isinstance(label, list) else label
+            rows.append({"key": key, "folder": "/r"} | ({"label": stored} if label else {}))
+            text = json.dumps(stored) if isinstance(label, list) else label or ""
+            lines.append({"id": 1, "key": key, "folder": "/r", "label": text})
+        tasks.append({"data": {"key": key, "folder": "/r"}, "annotations": given})
+    assert exported(tmp_path / "all.json", tasks) == (expected, "/r")
+    assert exported(tmp_path / "min.json", rows) == (expected, "/r")
+    with open(tmp_path / "all.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "key", "folder", "label"])
+        writer.writeheader()
+        writer.writerows(lines)
+    assert labelstudio.read_answers(str(tmp_path / "all.csv")) == (expected, "/r")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_an_index_that_a_spreadsheet_saved(tmp_path: Path, encoding: str) -> None:
+    text = 'Key ; Label\n1.jpg;"Pepper,_bell"\n2.jpg;bru\u0302lure\n3.jpg\n'
+    (tmp_path / "index.csv").write_text(text, encoding=encoding)
+    assert labelstudio.read_answers(str(tmp_path / "index.csv")).answers == (
+        Answer("1.jpg", "Pepper,_bell"),
+        Answer("2.jpg", "br\u00fblure"),
+        Answer("3.jpg", None),
+    )

@@ -638,9 +638,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.stderr == ""
     out = tmp_path / "shards"
     told = done.stdout.splitlines()
-    assert told[1] == "skipped 1 other files (1 .csv)"
+    assert told[1] == "passed over 1 other files (1 .csv)"
     assert re.match(r"read         41 of 41 images +[\d.]+ images/s +[\d.]+ s$", told[2])
     assert f"rejected    1 of 41 (1 truncated): {out}/rejected.parquet" in told
+    assert "found       41 photographs = 40 kept + 1 rejected + 0 dropped; 1 other files" in told
+    assert any(line.startswith("            such as a/cut.jpg: the JPEG file is") for line in told)
     assert ["all", "32", "4", "4"] in [line.split() for line in told]
     assert told[-1] == f"next        python jobs/train.py --shards {out} --name NAME"
     log = (out / "prepare.log").read_text()
