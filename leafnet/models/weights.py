@@ -6,6 +6,7 @@ TensorFlow; Keras is imported where the network is built.
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,9 @@ _IMAGENET_URL = (
     "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 )
 _IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"  # keras/src/applications/resnet.py
+
+_FIRST = (7, 7, 3, 64)  # kernel of the first convolution
+_MOST_NESTED = 4  # groups; a model inside another is in the second
 
 Array = NDArray[np.float32]
 # Folded weights: convolution -> (kernel [h, w, in, out], bias [out]).
@@ -170,7 +174,7 @@ def _read_hdf5(path: str, *, shown: str | None = None) -> dict[str, Array]:
 
 def _raw(file: h5py.File, shown: str) -> dict[str, Array]:
     inner = hdf5.item(file, "model_weights")
-    root = inner if isinstance(inner, h5py.Group) else file
+    root = _holder(inner if isinstance(inner, h5py.Group) else file)
     keras_3 = "layers" in root.keys()  # noqa: SIM118
     raw: dict[str, Array] = {}
     for i, (conv, norm, shape) in enumerate(convolutions()):
@@ -190,6 +194,23 @@ def _raw(file: h5py.File, shown: str) -> dict[str, Array]:
     return raw
 
 
+def _holder(root: "h5py.Group") -> "h5py.Group":
+    """The group of the ResNet50: `root`, or of a model inside a Sequential or functional one."""
+    groups = deque([(root, 0)])
+    while groups:
+        group, depth = groups.popleft()
+        for place in ("layers/conv2d/vars/0", "conv1_conv"):
+            found = hdf5.item(group, place)
+            # A convolution of somebody's own beside it has another shape.
+            if found is not None and getattr(found, "shape", _FIRST) == _FIRST:
+                return group
+        for name in group if depth < _MOST_NESTED else ():
+            inside = hdf5.item(group, name)
+            if isinstance(inside, h5py.Group):
+                groups.append((inside, depth + 1))
+    return root
+
+
 def _keras_2_place(root: "h5py.Group", layer: str, variable: str) -> str:
     """Where Keras's older HDF5 layout keeps a variable: its group lists the names."""
     group = hdf5.item(root, layer)
@@ -199,7 +220,9 @@ def _keras_2_place(root: "h5py.Group", layer: str, variable: str) -> str:
         text = name.decode() if isinstance(name, bytes) else str(name)
         if text.rsplit("/", 1)[-1].split(":")[0] == variable:
             return f"{layer}/{text}"
-    return f"{layer}/{variable}"
+    # Inside another model the names stand with that model's group, and older ones end with `:0`.
+    older = f"{layer}/{variable}:0"
+    return older if hdf5.item(root, older) is not None else f"{layer}/{variable}"
 
 
 def _checked(

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -1090,3 +1091,80 @@ def test_a_picture_is_decoded_where_there_is_no_filter_of_warnings_at_all() -> N
         warnings.resetwarnings()
         assert decode(WARNS[0], 16).width == 16
     assert caught == []
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+def test_a_png_with_a_large_profile_or_text_has_its_pixels(kind: bytes, place: str) -> None:
+    """More than 1 MB unpacked, before and behind the pixels; what is small stays."""
+    drawn = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    sink = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    drawn.save(sink, "PNG", exif=exif)
+    png = sink.getvalue()
+    packed = zlib.compress(np.random.default_rng(1).bytes(400_000) + bytes(800_000))
+    name = b"XML:com.adobe.xmp\0\1\0\0\0" if kind == b"iTXt" else b"Printer\0\0"
+    at = 33 if place == "before" else png.rindex(b"IEND") - 4
+    with_more = png[:at] + png_chunk(kind, name + packed) + png[at:]
+    assert fingerprint(with_more) == fingerprint(png)
+    assert np.array_equal(decode(with_more, 16).pixels, decode(png, 16).pixels)
+    # A bomb of 2 GB in 2 MB is not unpacked to find out.
+    bomb = zlib.compressobj(9)
+    piece = bomb.compress(bytes(100_000_000)) + bomb.flush()
+    began = time.process_time()
+    decode(png[:at] + png_chunk(kind, name + piece) + png[at:], 16)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "told"),
+    [
+        ((8, 8, 5), np.uint16, "5 bands of 16 bits,"),
+        ((8, 8, 3), np.float32, "3 bands of 32 bits, floating-point,"),
+        ((8, 8, 3), np.int16, "3 bands of 16 bits, signed,"),
+    ],
+)
+def test_a_stack_of_a_drone_is_told_for_what_it_is(
+    shape: tuple[int, ...], dtype: type, told: str
+) -> None:
+    data = stacked_tiff(np.zeros(shape, dtype))
+    with pytest.raises(ImageError, match=f"a TIFF with {told} not a photograph") as caught:
+        decode(data, 16)
+    assert caught.value.reason == "unsupported"
+    with pytest.raises(ImageError, match=r"compression that is not read .number 34887.") as caught:
+        decode(stacked_tiff(np.zeros(shape, dtype), compression=34887), 16)
+    assert caught.value.reason == "unsupported"
+
+
+def stacked_tiff(pixels: NDArray[Any], *, compression: int = 1) -> bytes:
+    """A little-endian TIFF of one strip without the tag that says that it is RGB."""
+    height, width, bands = pixels.shape
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    bits, kinds = (struct.pack(f"<{bands}H", *[n] * bands) for n in (pixels.itemsize * 8, kind))
+    entries = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, bands, None), (259, 3, 1, compression),
+        (262, 3, 1, 1), (273, 4, 1, None), (277, 3, 1, bands), (278, 4, 1, height),
+        (279, 4, 1, pixels.nbytes), (284, 3, 1, 1), (339, 3, bands, None),
+    ]  # fmt: skip
+    behind = 8 + 2 + 12 * len(entries) + 4
+    places = {258: behind, 339: behind + len(bits), 273: behind + len(bits) + len(kinds)}
+    directory = b"".join(
+        struct.pack("<HHII", tag, of, count, places.get(tag, value or 0))
+        for tag, of, count, value in entries
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + directory + bytes(4) + bits + kinds + pixels.tobytes()
+
+
+def test_the_time_of_a_scan_is_before_that_of_the_latest_edit() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.DateTime] = "2026:01:01 10:00:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeDigitized] = "2024:05:06 07:08:09"
+    sink = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(sink, "JPEG", exif=exif)
+    assert decode(sink.getvalue(), 16).captured_at == datetime(2024, 5, 6, 7, 8, 9)

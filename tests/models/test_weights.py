@@ -551,3 +551,26 @@ def test_what_goes_wrong_ahead_is_met_in_its_place() -> None:
     with pytest.raises(ValueError, match="the second"):
         next(taken)
     assert list(runtime.ahead(iter([1, 2, 3]), depth=1)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
+@pytest.mark.parametrize("kind", ["sequential", "functional"])
+def test_a_resnet50_inside_another_model(
+    kind: str, suffix: str, stock: Any, tmp_path: Path
+) -> None:
+    """As notebooks save it: the network, pooling and a head of their own, and a layer before it."""
+    import keras
+
+    before = keras.layers.Conv2D(3, 1, padding="same")
+    head = keras.layers.Dense(3)
+    if kind == "sequential":
+        model = keras.Sequential([keras.Input((64, 64, 3)), before, stock, head])
+    else:
+        inputs = keras.Input((64, 64, 3))
+        model = keras.Model(inputs, head(stock(before(inputs), training=False)))
+    stock.save_weights(tmp_path / "alone.weights.h5")
+    place = tmp_path / f"nested{suffix}"
+    (model.save if suffix == ".h5" else model.save_weights)(place)
+    found = models_weights.load_weights(str(place))
+    alone = models_weights.load_weights(str(tmp_path / "alone.weights.h5"))
+    assert found.fingerprint == alone.fingerprint
