@@ -249,8 +249,8 @@ def _identify(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        if kind == "TIFF" and (message := _what_tiff(data)):
-            raise ImageError("unsupported", message) from error
+        if kind == "TIFF" and (what := _what_tiff(data)):
+            raise ImageError("unsupported", what) from error
         if kind == "HEIF" and "HEIF" not in formats:
             message = 'HEIC pictures need another package: pip install "leafnet[heif]"'
             raise ImageError("needs-heif", message) from error

@@ -1093,10 +1093,6 @@ def test_a_picture_is_decoded_where_there_is_no_filter_of_warnings_at_all() -> N
     assert caught == []
 
 
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 @pytest.mark.parametrize("place", ["before", "behind"])
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
 def test_a_png_with_a_large_profile_or_text_has_its_pixels(kind: bytes, place: str) -> None:

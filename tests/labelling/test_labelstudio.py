@@ -217,7 +217,7 @@ def test_both_columns_are_needed(header: str, tmp_path: Path) -> None:
 
 def test_three_exports_and_one_rule_on_disagreement(tmp_path: Path) -> None:
     """JSON has all annotations in a task, JSON-MIN and CSV a row for each of them."""
-    labelled = {
+    labelled: dict[str, list[Any]] = {
         "1.jpg": ["rust", "rust"],
         "2.jpg": ["rust", "scab"],
         "3.jpg": [None, "scab"],
