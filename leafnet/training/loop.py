@@ -1,14 +1,24 @@
-"""What every training loop needs: order, steps, pieces of an epoch, when to save."""
+"""The training loop, of the head and of fine-tuning, the same on one worker and on many.
 
+`fit` runs in every worker. What all workers must agree on (the order of examples, when to save and
+when to stop) is a function of the seed and the position, or has been summed over the workers, so
+that every worker makes the same number of collective steps.
+
+Steps are taken in pieces of about a second. Between two of them the state can be saved, and the
+workers can be asked to leave.
+"""
+
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leafnet.core.errors import UserError
+from leafnet.distributed.worker import Hooks, Leaving, Place
 
 # Workers hear of each other so often, in seconds: a state asked for is saved within that time.
 _PIECE_S = 1.0
@@ -17,7 +27,26 @@ _FIRST_PIECE = 8  # steps, before it is known how long one takes
 _SAVING = 0.02
 # Called by every worker after each epoch with its row of the history.
 Report = Callable[[dict[str, float]], None]
-State = TypeVar("State")
+
+
+class FitState(Protocol):
+    """What the loop needs of the state of a fit, after `step` steps."""
+
+    epoch: int  # whole epochs, with their validation
+    step: int  # of all epochs, also inside one
+    best_epoch: int  # 0: none yet
+    best_loss: float  # on validation
+    history: list[dict[str, float]]  # one row an epoch
+    # Of the steps since the last whole epoch, summed over the workers.
+    losses: NDArray[np.float64]
+    correct: float
+    # Since then, of a worker in the mean: what the steps took, and how much of it without a batch.
+    seconds: float
+    waited: float
+
+
+State = TypeVar("State", bound=FitState)
+State_contra = TypeVar("State_contra", bound=FitState, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,13 @@ class Saving(Generic[State]):
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order [count] in which `epoch` takes the examples, whatever the number of workers."""
     return np.random.default_rng([seed, epoch, 0]).permutation(count)
+
+
+def class_weights(kind: str, labels: NDArray[np.int32], num_classes: int) -> NDArray[np.float32]:
+    """Weight [C] of each class in the loss, for `kind` none or balanced."""
+    if kind == "balanced":
+        return balanced_weights(labels, num_classes)
+    return np.ones(num_classes, np.float32)
 
 
 def balanced_weights(labels: NDArray[np.int32], num_classes: int) -> NDArray[np.float32]:
@@ -115,6 +151,212 @@ class Clock:
     def saved(self, seconds: float) -> None:
         """Hear that the state is saved now, and how long that took."""
         self._saved, self._save_s = time.monotonic(), seconds
+
+
+class Workers:
+    """The workers of a fit, under `tf.distribute`."""
+
+    def __init__(self, place: Place) -> None:
+        import tensorflow as tf
+
+        self.place = place
+        self.strategy = tf.distribute.get_strategy()
+        if place.workers > 1:
+            self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+    def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of `values` [N] over all workers, on each of them."""
+        import tensorflow as tf
+
+        if self.place.workers == 1:
+            return values
+        local = self.strategy.run(lambda: tf.constant(values, tf.float64))
+        return np.asarray(self.strategy.reduce(tf.distribute.ReduceOp.SUM, local, axis=None))
+
+
+class Trained(NamedTuple):
+    """This worker's part of a piece of steps."""
+
+    losses: NDArray[np.float64]  # [S], its share of each
+    correct: float
+    waited: float = 0.0  # seconds without a batch
+
+
+class Validated(NamedTuple):
+    """This worker's part of a validation."""
+
+    loss: float = 0.0  # summed
+    correct: float = 0.0
+    given_up: bool = False
+
+
+class Learner(Protocol[State_contra]):
+    """What is fitted: the variables, the optimizer and the compiled steps of one worker."""
+
+    verb: str  # what it does, for people
+    rate_setting: str  # what to lower where the loss is not finite
+    workers: Workers
+    valid_examples: int  # of all workers together
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that may be taken at once."""
+
+    def train(self, first: int, count: int) -> Trained:
+        """Take the steps from `first` to `first + count - 1`, which are of one epoch."""
+
+    def validate(self, goes_on: Callable[[int], bool]) -> Validated:
+        """Judge the weights on this worker's validation examples.
+
+        Args:
+            goes_on: called before each batch with the count of examples before it; False: give up.
+                What takes no time need not call it.
+        """
+
+    def rate(self, step: int) -> float:
+        """The learning rate of `step`."""
+
+    def end_epoch(self, state: State_contra, row: dict[str, float], *, best: bool) -> None:
+        """Complete `row` of the history; keep the weights that were validated if they are best."""
+
+    def put_into(self, state: State_contra) -> None:
+        """Copy the variables and those of the optimizer into `state`."""
+
+
+def fit(
+    learner: Learner[State],
+    state: State,
+    *,
+    steps: Steps,
+    patience: int | None,
+    report: Report,
+    saving: Saving[State] | None,
+    hooks: Hooks,
+    first_piece: int = _FIRST_PIECE,
+) -> State:
+    """Fit until no epoch is left, or validation has not improved for `patience` epochs.
+
+    Args:
+        learner: with the variables as `state` has them.
+        state: after the steps that are taken already; changed in place.
+        steps: to take, with those.
+        patience: in epochs; none: take all.
+        report: called after each epoch.
+        saving: when and how the state is saved; none: never.
+        hooks: how the fit is followed, and asked to stop.
+        first_piece: steps to take at once before it is known how long one takes.
+
+    Returns:
+        The state after the last epoch, on every worker.
+
+    Raises:
+        UserError: the loss is not finite, with the steps where it happened.
+        Leaving: on every worker, after one was asked to leave and the state was saved.
+    """
+    place = learner.workers.place
+    clock = Clock(saving, steps.per_epoch, first=first_piece)
+    while not finished(state, steps.epochs, patience):
+        first, left = state.step, (state.epoch + 1) * steps.per_epoch - state.step
+        piece = clock.piece(first, state.epoch, most=learner.most_steps) if left else 0
+        ends = piece == left
+        began = time.monotonic()
+        trained = _train(learner, state, piece, hooks)
+        taken = time.monotonic() - began
+        validated = validate(learner, f"epoch {state.epoch + 1}", hooks) if ends else Validated()
+        due = place.rank == 0 and clock.due(first + piece, ends=ends)
+        # One sum over the workers: every worker then sees, and decides, the same.
+        flags = [*validated, due, hooks.leave()]
+        sums = learner.workers.sum(
+            np.array([*trained.losses, trained.correct, taken, trained.waited, *flags], np.float64)
+        )
+        correct, taken, waited, loss, valid_correct, given_up, save, leave = sums[piece:].tolist()
+        if piece:
+            hooks.started()
+            refuse_non_finite(
+                sums[:piece], first_step=first, epoch=state.epoch, mend=learner.rate_setting
+            )
+            clock.took(taken / place.workers / piece)
+            state.step = first + piece
+            state.losses = np.concatenate([state.losses, sums[:piece]])
+            state.correct += correct
+            state.seconds += taken / place.workers
+            state.waited += waited / place.workers
+        if ends and not given_up:
+            end_epoch(learner, state, steps, scores(learner, loss, valid_correct))
+            report(state.history[-1])
+        over = finished(state, steps.epochs, patience)
+        if save or leave or over:
+            began = time.monotonic()
+            hooks.doing(f"saving the state after step {state.step}")
+            learner.put_into(state)
+            if saving:
+                saving.save(state if place.rank == 0 else None)
+            clock.saved(time.monotonic() - began)
+        if leave and not over:
+            raise Leaving(f"after step {state.step}")
+    return state
+
+
+def _train(learner: Learner[State], state: State, piece: int, hooks: Hooks) -> Trained:
+    if not piece:  # an earlier fit left before the epoch was validated
+        return Trained(np.empty(0), 0.0)
+    first = state.step
+    hooks.doing(f"{learner.verb}, epoch {state.epoch + 1}, step {first + 1} to {first + piece}")
+    return learner.train(first, piece)
+
+
+def validate(
+    learner: Learner[Any], what: str, hooks: Hooks, *, may_leave: bool = True
+) -> Validated:
+    """Validate `what` on this worker; given up when it is asked to leave, if it may."""
+
+    def goes_on(done: int) -> bool:
+        hooks.doing(f"validating {what}, {done:,} photographs of this worker are done")
+        return not (may_leave and hooks.leave())
+
+    return learner.validate(goes_on)
+
+
+def scores(learner: Learner[Any], loss: float, correct: float) -> dict[str, float]:
+    """Loss and accuracy of validation from sums over all workers; {} without a split for it."""
+    examples = learner.valid_examples
+    if not examples:
+        return {}
+    return {"valid_loss": loss / examples, "valid_accuracy": correct / examples}
+
+
+def end_epoch(learner: Learner[State], state: State, steps: Steps, valid: dict[str, float]) -> None:
+    """Add the epoch whose steps are taken to the history, and keep its weights if it is the best.
+
+    Args:
+        learner: with the weights as they are then.
+        state: after the last step of the epoch.
+        steps: of the fit.
+        valid: as `scores` has them.
+    """
+    row = {
+        "epoch": state.epoch + 1,
+        "step": state.step,
+        "learning_rate": learner.rate(state.step - 1),
+        "train_loss": float(state.losses.mean()),
+        "train_accuracy": state.correct / (steps.per_epoch * steps.batch),
+        **valid,
+    }
+    # Without a validation split the last epoch is as good a choice as any.
+    best = not valid or valid["valid_loss"] < state.best_loss
+    state.epoch += 1
+    if best:
+        state.best_epoch, state.best_loss = state.epoch, valid.get("valid_loss", math.inf)
+    learner.end_epoch(state, row, best=best)
+    state.losses, state.correct, state.seconds, state.waited = np.empty(0), 0.0, 0.0, 0.0
+    state.history.append(row)
+
+
+def finished(state: FitState, epochs: int, patience: int | None) -> bool:
+    """True when no epoch is left, or validation has not improved for too long."""
+    if state.epoch >= epochs:
+        return True
+    return patience is not None and state.epoch - state.best_epoch >= patience
 
 
 def refuse_non_finite(

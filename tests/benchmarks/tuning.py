@@ -15,8 +15,9 @@ from leafnet.distributed.worker import Place
 from leafnet.models import runtime, weights
 from leafnet.models.classifier import initial_head
 from leafnet.models.rates import precision
-from leafnet.training.finetune import fit
 from leafnet.training.finetune.pixels import Photographs
+from leafnet.training.finetune.tuner import Tuner, TuningData
+from leafnet.training.loop import Steps
 from leafnet.training.settings import FineTuneSettings
 from tests.benchmarks.rows import Bench, Row
 
@@ -54,10 +55,8 @@ def _ours(
 ) -> Callable[[], None]:
     nobody = Photographs(labels[:0], lambda indices: pixels[indices])
     ones = np.ones(weights.FEATURES, np.float32)
-    tuner = fit._Tuner(
-        fit.TuningData(
-            Photographs(labels, lambda indices: pixels[indices]), nobody, 0 * ones, ones
-        ),
+    tuner = Tuner(
+        TuningData(Photographs(labels, lambda indices: pixels[indices]), nobody, 0 * ones, ones),
         weights=weights.load_weights(bench.weights).convolutions,
         head=initial_head((512,), 3, inputs=weights.FEATURES, seed=0),
         settings=FineTuneSettings(blocks=STAGES, batch_size=BATCH),
@@ -67,14 +66,13 @@ def _ours(
         num_classes=3,
         seed=0,
         place=Place(0, 1),
-        batch=BATCH,
-        steps=STEPS,
+        steps=Steps(BATCH, STEPS, FineTuneSettings().epochs),
     )
 
-    batches, starts = runtime.ahead(tuner.batches(0), depth=3), itertools.count(0, STEPS)
+    tuner.feed, starts = runtime.ahead(tuner.batches(0), depth=3), itertools.count(0, STEPS)
 
     def epoch() -> None:
-        tuner.train(batches, next(starts), STEPS, lambda count: None)
+        tuner.train(next(starts), STEPS)
 
     return epoch
 

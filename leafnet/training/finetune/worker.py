@@ -22,6 +22,7 @@ from leafnet.models.weights import Weights, fingerprint
 from leafnet.training.finetune import fit, pixels
 from leafnet.training.finetune import state as finetune_state
 from leafnet.training.finetune.state import Convolutions, TuneState, initial_arrays, load
+from leafnet.training.finetune.tuner import TuningData
 from leafnet.training.head import worker as head_worker
 from leafnet.training.head.worker import HeadJob
 from leafnet.training.loop import Saving
@@ -167,7 +168,7 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
         initial = initial_arrays(weights, probe.head, job.settings.blocks)
         state = load(url, initial, identity=job.identity)
     state = fit.fine_tune(
-        fit.TuningData(train, valid, probe.mean, probe.deviation),
+        TuningData(train, valid, probe.mean, probe.deviation),
         weights=weights,
         head=probe.head,
         settings=job.settings,

@@ -1,16 +1,7 @@
-"""Fitting the head: schedule, train step and loop, the same on one worker and on many.
-
-`fit_head` runs in every worker. What all workers must agree on (the order of examples, views,
-dropout, when to save and when to stop) is a function of the seed and the position, or has been
-summed over the workers, so that every worker makes the same number of collective steps.
-
-Steps are taken in pieces of about a second. Between two of them the state can be saved, and the
-workers can be asked to leave.
-"""
+"""Fitting the head: its data, schedule, optimizer and train step; the loop is `training.loop`."""
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,19 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leafnet.core.errors import UserError
-from leafnet.distributed.worker import Hooks, Leaving, Place, even_split
+from leafnet.distributed.worker import Hooks, Place, even_split
 from leafnet.features.cache import SplitFeatures
 from leafnet.features.moments import BLOCK, Features
 from leafnet.models.classifier import Head, initial_head
+from leafnet.training import loop
 from leafnet.training.head.state import TrainState
 from leafnet.training.loop import (
-    Clock,
     Report,
     Saving,
     Steps,
-    balanced_weights,
+    Trained,
+    Validated,
+    Workers,
+    class_weights,
     epoch_order,
-    refuse_non_finite,
 )
 from leafnet.training.settings import HeadSettings
 
@@ -113,13 +106,11 @@ def fit_head(
         Leaving: on every worker, after one was asked to leave and the state was saved.
     """
     hooks = hooks or Hooks()
-    examples = data.labels.size
-    batch = min(settings.batch_size, examples)
-    steps = Steps.of(examples, batch, settings.epochs).per_epoch
-    if batch < place.workers:
+    steps = Steps.of(data.labels.size, settings.batch_size, settings.epochs)
+    if steps.batch < place.workers:
         raise UserError(
             "batch-too-small",
-            f"a global batch of {batch} cannot be shared out among {place.workers} workers; "
+            f"a global batch of {steps.batch} cannot be shared out among {place.workers} workers; "
             "raise --head.batch_size or lower --workers",
         )
     hooks.doing("building the head, which waits for the other workers")
@@ -132,96 +123,36 @@ def fit_head(
         num_classes=num_classes,
         seed=seed,
         place=place,
-        batch=batch,
         steps=steps,
     )
     if state:
         learner.restore_optimizer(state.optimizer)
     else:
+        head = learner.head()
         state = TrainState(
             epoch=0,
             step=0,
-            head=learner.head(),
+            head=head,
             optimizer=learner.optimizer_arrays(),
-            best_head=learner.head(),
+            best_head=head,
             best_epoch=0,
             best_loss=math.inf,
         )
-    clock = Clock(saving, steps)
-
-    # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
-    @functools.lru_cache(maxsize=1)
-    def order_of(epoch: int) -> NDArray[np.int64]:
-        order = epoch_order(examples, seed=seed, epoch=epoch)
-        return order[: steps * batch].reshape(steps, batch)
-
-    while not _finished(state, settings):
-        epoch, first = state.epoch, state.step
-        done = first - epoch * steps
-        piece = clock.piece(first, epoch, most=learner.most_steps)
-        ends = done + piece == steps
-        hooks.doing(f"training, epoch {epoch + 1}, step {first + 1} to {first + piece}")
-        began = time.monotonic()
-        losses, correct = learner.train(order_of(epoch)[done : done + piece], epoch, first)
-        taken = time.monotonic() - began
-        valid_loss, valid_correct = learner.validate() if ends else (0.0, 0.0)
-        due = place.rank == 0 and clock.due(first + piece, ends=ends)
-        # One sum over the workers: every worker then sees, and decides, the same.
-        sums = learner.sum_over_workers(
-            np.concatenate(
-                [losses, [correct, valid_loss, valid_correct, taken, due, hooks.leave()]]
-            )
-        )
-        losses = sums[:piece]
-        correct, valid_loss, valid_correct, taken, due_sum, leave_sum = sums[piece:]
-        hooks.started()
-        refuse_non_finite(losses, first_step=first, epoch=epoch, mend="--head.learning_rate")
-        clock.took(taken / place.workers / piece)
-        state.step = first + piece
-        state.losses = np.concatenate([state.losses, losses])
-        state.correct += float(correct)
-        if ends:
-            row = {
-                "epoch": epoch + 1,
-                "step": state.step,
-                "learning_rate": learner.learning_rate(state.step - 1),
-                "train_loss": float(state.losses.mean()),
-                "train_accuracy": state.correct / (steps * batch),
-            }
-            if data.valid.labels.size:
-                row["valid_loss"] = float(valid_loss) / data.valid.labels.size
-                row["valid_accuracy"] = float(valid_correct) / data.valid.labels.size
-            state.epoch, state.losses, state.correct = epoch + 1, np.empty(0), 0.0
-            state.history.append(row)
-            # Without a validation split the last epoch is as good a choice as any.
-            if row.get("valid_loss", -math.inf) < state.best_loss or "valid_loss" not in row:
-                state.best_epoch = epoch + 1
-                state.best_loss = row.get("valid_loss", math.inf)
-                state.best_head = learner.head()
-            report(row)
-        finished = _finished(state, settings)
-        if saving and (due_sum or leave_sum or finished):
-            began = time.monotonic()
-            hooks.doing(f"saving the state after step {state.step}")
-            state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
-            saving.save(state if place.rank == 0 else None)
-            clock.saved(time.monotonic() - began)
-        elif finished:
-            state.head, state.optimizer = learner.head(), learner.optimizer_arrays()
-        if leave_sum and not finished:
-            raise Leaving(f"after step {state.step}")
-    return state
-
-
-def _finished(state: TrainState, settings: HeadSettings) -> bool:
-    if state.epoch >= settings.epochs:
-        return True
-    waited = state.epoch - state.best_epoch
-    return settings.patience is not None and state.epoch > 0 and waited >= settings.patience
+    return loop.fit(
+        learner,
+        state,
+        steps=steps,
+        patience=settings.patience,
+        report=report,
+        saving=saving,
+        hooks=hooks,
+    )
 
 
 class _Learner:
     """The variables, the optimizer and the compiled steps of one worker."""
+
+    verb, rate_setting = "training", "--head.learning_rate"
 
     def __init__(
         self,
@@ -232,28 +163,25 @@ class _Learner:
         num_classes: int,
         seed: int,
         place: Place,
-        batch: int,
-        steps: int,
+        steps: Steps,
     ) -> None:
         import keras
-        import tensorflow as tf
 
-        self._data, self._place, self._batch = data, place, batch
-        self._start, self._stop = even_split(batch, place)
-        self._strategy = tf.distribute.get_strategy()
-        if place.workers > 1:
-            self._strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        self._weights = np.ones(num_classes, np.float32)
-        if settings.class_weights == "balanced":
-            self._weights = balanced_weights(data.labels, num_classes)
-        total_steps = settings.epochs * steps
-        warmup = min(round(settings.warmup_epochs * steps), total_steps - 1)
+        self.workers, self.valid_examples = Workers(place), data.valid.labels.size
+        self._data, self._place, self._seed = data, place, seed
+        self._epoch_steps, self._batch = steps.per_epoch, steps.batch
+        self._start, self._stop = even_split(steps.batch, place)
+        self._strategy = self.workers.strategy
+        self._weights = class_weights(settings.class_weights, data.labels, num_classes)
+        warmup = min(round(settings.warmup_epochs * steps.per_epoch), steps.total - 1)
+        # Kept for the pieces of an epoch: at 80 million examples a draw takes a second.
+        self._order_of = functools.lru_cache(maxsize=1)(self._draw_order)
         with self._strategy.scope():
             self._layers = [_dense(kernel, bias) for kernel, bias in head]
             self._variables = [v for layer in self._layers for v in layer.trainable_variables]
             self._schedule = keras.optimizers.schedules.CosineDecay(
                 0.0 if warmup else settings.learning_rate,
-                decay_steps=total_steps - warmup,
+                decay_steps=steps.total - warmup,
                 warmup_target=settings.learning_rate if warmup else None,
                 warmup_steps=warmup,
             )
@@ -282,8 +210,21 @@ class _Learner:
         for variable, array in zip(variables, arrays, strict=True):
             variable.assign(array)
 
-    def learning_rate(self, step: int) -> float:
+    def put_into(self, state: TrainState) -> None:
+        state.head, state.optimizer = self.head(), self.optimizer_arrays()
+
+    def rate(self, step: int) -> float:
         return float(self._schedule(step))
+
+    def end_epoch(self, state: TrainState, row: dict[str, float], *, best: bool) -> None:
+        if best:
+            state.best_head = self.head()
+
+    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
+        """The examples [steps, batch] of an epoch."""
+        order = epoch_order(self._data.labels.size, seed=self._seed, epoch=epoch)
+        of_steps = order[: self._epoch_steps * self._batch]
+        return of_steps.reshape(self._epoch_steps, self._batch)
 
     @property
     def most_steps(self) -> int:
@@ -291,13 +232,11 @@ class _Learner:
         rows = -(-self._batch // self._place.workers)
         return max(1, _PIECE_BYTES // max(1, rows * self._data.mean.size * 4))
 
-    def train(
-        self, order: NDArray[np.int64], epoch: int, first_step: int
-    ) -> tuple[NDArray[np.float64], float]:
-        """Take the steps of `order` [S, batch]; (this worker's share of each loss [S], correct)."""
+    def train(self, first: int, count: int) -> Trained:
         import tensorflow as tf
 
-        indices = order[:, self._start : self._stop]
+        epoch, done = divmod(first, self._epoch_steps)
+        indices = self._order_of(epoch)[done : done + count, self._start : self._stop]
         features = self._data.gather(indices.reshape(-1), epoch)
         dtype = tf.float16 if features.dtype == np.float16 else tf.float32
         if self._run_steps is None:
@@ -314,12 +253,12 @@ class _Learner:
         loss, right = self._run_steps(
             tf.constant(features.reshape(*indices.shape, -1), dtype),
             tf.constant(self._data.labels[indices]),
-            tf.constant(first_step, tf.int32),
+            tf.constant(first, tf.int32),
         )
-        return np.asarray(loss, np.float64), float(right)
+        return Trained(np.asarray(loss, np.float64), float(right))
 
-    def validate(self) -> tuple[float, float]:
-        """(summed loss, correct) over this worker's part of the validation split, view 0."""
+    def validate(self, goes_on: Callable[[int], bool]) -> Validated:
+        """Judge the head on view 0, which takes no time: it is not given up."""
         import tensorflow as tf
 
         loss, correct = 0.0, 0.0
@@ -331,15 +270,7 @@ class _Learner:
                 tf.constant(np.asarray(features[rows, 0])), tf.constant(labels[rows])
             )
             loss, correct = loss + float(batch_loss), correct + float(batch_correct)
-        return loss, correct
-
-    def sum_over_workers(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        import tensorflow as tf
-
-        if self._place.workers == 1:
-            return values
-        local = self._strategy.run(lambda: tf.constant(values, tf.float64))
-        return np.asarray(self._strategy.reduce(tf.distribute.ReduceOp.SUM, local, axis=None))
+        return Validated(loss, correct)
 
     def _logits(self, features: "tf.Tensor", masks: "list[tf.Tensor] | None") -> "tf.Tensor":
         import tensorflow as tf

@@ -36,6 +36,9 @@ class TrainState:
     # Of the steps since the last whole epoch, summed over the workers.
     losses: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     correct: float = 0.0
+    # Of those that this start has taken, which no checkpoint has.
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 def save(folder: str | Path, state: TrainState, *, identity: Mapping[str, Any]) -> None:

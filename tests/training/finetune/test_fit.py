@@ -26,18 +26,14 @@ from leafnet.metrics.scores import tally
 from leafnet.models import bundle, resnet
 from leafnet.models.classifier import Head, head_logits, initial_head
 from leafnet.models.weights import FEATURES, Weights, load_weights
+from leafnet.training import loop
 from leafnet.training.finetune import augment, worker
 from leafnet.training.finetune import fit as finetune_fit
 from leafnet.training.finetune import state as finetune_state
+from leafnet.training.finetune import tuner as finetune_tuner
 from leafnet.training.finetune.fit import (
-    TuningData,
-    _adamw,
-    _end_epoch,
-    _Trained,
-    _Tuner,
     check_batch,
     fine_tune,
-    finished,
     measured_rate,
 )
 from leafnet.training.finetune.pixels import Photographs, open_split, streamed_order
@@ -49,7 +45,8 @@ from leafnet.training.finetune.state import (
     initial_arrays,
     load,
 )
-from leafnet.training.loop import Clock, Saving, epoch_order
+from leafnet.training.finetune.tuner import Tuner, TuningData, _adamw, _Trained
+from leafnet.training.loop import Clock, Saving, Steps, Trained, epoch_order
 from leafnet.training.settings import FineTuneSettings, TrainSettings
 from leafnet.training.train import run
 from tests.support.markup import check
@@ -145,9 +142,9 @@ def _tiny_network() -> Iterator[None]:
         yield
 
 
-def tiny_tuner(*, place: Place = ALONE, data: TuningData | None = None, **settings: Any) -> _Tuner:
+def tiny_tuner(*, place: Place = ALONE, data: TuningData | None = None, **settings: Any) -> Tuner:
     chosen = FineTuneSettings.model_validate(TINY | settings)
-    return _Tuner(
+    return Tuner(
         data or tiny_data(),
         weights=tiny_weights(),
         head=tiny_head(),
@@ -158,9 +155,14 @@ def tiny_tuner(*, place: Place = ALONE, data: TuningData | None = None, **settin
         num_classes=3,
         seed=5,
         place=place,
-        batch=chosen.batch_size,
-        steps=TRAIN // chosen.batch_size,
+        steps=Steps.of(TRAIN, chosen.batch_size, chosen.epochs),
     )
+
+
+def train(tuner: Tuner, count: int) -> Trained:
+    """The first steps of a fit."""
+    tuner.feed = tuner.batches(0)
+    return tuner.train(0, count)
 
 
 class TinyFit(NamedTuple):
@@ -595,7 +597,7 @@ def test_the_rate_warms_up_for_so_many_epochs() -> None:
 @pytest.mark.usefixtures("tiny_network")
 def test_crop_size_is_that_of_the_views_to_train_on_alone() -> None:
     tuner = tiny_tuner(crop_size=32)
-    loss, *_ = tuner.train(tuner.batches(0), 0, 1, lambda count: None)
+    (loss,) = train(tuner, 1).losses
     assert loss == pytest.approx(learnt(tiny_start(), 0, size=32).loss, rel=1e-5)
     assert loss != pytest.approx(learnt(tiny_start(), 0).loss, rel=1e-4)
     again = tiny_tuner(crop_size=32)
@@ -639,9 +641,9 @@ def test_workers_share_out_the_rows_of_one(
             for array, *pieces in zip(batch, *shared, strict=True):
                 np.testing.assert_array_equal(array, np.concatenate(pieces))
                 assert len(pieces[0]) == len(array) / 2
-    losses = [each.train(each.batches(0), 0, 1, lambda count: None) for each in (whole, *parts)]
-    assert losses[0][0] == pytest.approx(losses[1][0] + losses[2][0], rel=1e-5)
-    assert losses[0][1] == losses[1][1] + losses[2][1]
+    one, *two = (train(each, 1) for each in (whole, *parts))
+    assert one.losses[0] == pytest.approx(sum(each.losses[0] for each in two), rel=1e-5)
+    assert one.correct == sum(each.correct for each in two)
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -706,7 +708,7 @@ def test_frozen_maps_of_validation_are_kept_where_they_fit(
     short_of: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six channels of four bytes a pixel, as stage 3 makes them."""
-    monkeypatch.setattr(finetune_fit, "_KEPT_BYTES", VALID * SMALL * SMALL * 6 * 4 - short_of)
+    monkeypatch.setattr(finetune_tuner, "_KEPT_BYTES", VALID * SMALL * SMALL * 6 * 4 - short_of)
     data, asked = counting(tiny_data())
     tuner = tiny_tuner(data=data, blocks=2)
     looked: list[int] = []
@@ -726,7 +728,7 @@ def test_frozen_maps_of_validation_are_kept_where_they_fit(
 @pytest.mark.usefixtures("tiny_network")
 def test_validation_leaves_the_weights_of_the_last_step() -> None:
     tuner = tiny_tuner()
-    tuner.train(tuner.batches(0), 0, 2, lambda count: None)
+    train(tuner, 2)
     state = tuner.state()
     tuner.put_into(state)
     assert tuner.validate(lambda done: done < 64)[2], "it was given up"
@@ -751,6 +753,9 @@ def test_a_state_at_the_start_has_done_nothing() -> None:
 class Stub:
     """What the end of an epoch asks of a tuner."""
 
+    _batch = 4
+    end_epoch = Tuner.end_epoch
+
     def rate(self, step: int) -> float:
         return step / 1000
 
@@ -765,7 +770,7 @@ def ended(best_loss: float, **valid: float) -> TuneState:
         *(1, best_loss, {}, [{"epoch": 1.0}]),
         *(np.array([1.0, 2.0, 6.0]), 9.0, 2.0, 0.5),
     )
-    _end_epoch(state, Stub(), examples=12, valid=valid)  # type: ignore[arg-type]
+    loop.end_epoch(Stub(), state, Steps(4, 3, 4), valid)  # type: ignore[arg-type]
     return state
 
 
@@ -805,7 +810,7 @@ def test_it_ends_after_all_epochs_or_when_patience_does(
     epoch: int, best_epoch: int, patience: int | None, over: bool
 ) -> None:
     state = TuneState(*(epoch, 0, {}, {}, {}, {}, {}), *(best_epoch, 0.5, {}))
-    assert finished(state, FineTuneSettings(epochs=4, patience=patience)) == over
+    assert loop.finished(state, 4, patience) == over
 
 
 @pytest.mark.parametrize(
@@ -833,15 +838,13 @@ def test_the_measured_rate_is_that_of_the_steps_after_the_first(
     """Steps of 2 s, and a first one that takes 50."""
     clock, asked = [1000.0], []
 
-    def train(
-        tuner: _Tuner, batches: Any, first: int, count: int, advance: Callable[[int], None]
-    ) -> None:
-        pixels, _, _, labels = next(batches)
+    def train(tuner: Tuner, first: int, count: int) -> None:
+        pixels, _, _, labels = next(tuner.feed)
         assert (pixels.shape, pixels.max(), labels.shape) == ((6, SMALL, SMALL, 3), 0, (6,))
         asked.append((first, count))
         clock[0] += 2 if first else 50
 
-    monkeypatch.setattr(_Tuner, "train", train)
+    monkeypatch.setattr(Tuner, "train", train)
     monkeypatch.setattr(finetune_fit, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     assert rate_measured(steps=steps, seconds=seconds) == 6 / 2
     assert asked == [(first, 1) for first in range(1 + taken)]
@@ -879,7 +882,7 @@ def test_seconds_of_pieces_are_heard_by_the_clock(monkeypatch: pytest.MonkeyPatc
         def saved(self, seconds: float) -> None:
             assert 0 <= seconds < 60
 
-    monkeypatch.setattr(finetune_fit, "Clock", Counted)
+    monkeypatch.setattr(loop, "Clock", Counted)
     fit = tiny_fit()
     assert len(heard) == 6
     for epoch, row in enumerate(fit.final.history):

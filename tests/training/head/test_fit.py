@@ -22,7 +22,7 @@ from leafnet.models.classifier import fold_standardisation, head_logits, initial
 from leafnet.training import loop
 from leafnet.training.head import fit as head_fit
 from leafnet.training.head import state as head_state
-from leafnet.training.head.fit import TrainingData, _Learner, epoch_views, fit_head
+from leafnet.training.head.fit import TrainingData, epoch_views, fit_head
 from leafnet.training.head.state import TrainState, load
 from leafnet.training.loop import Clock, Saving
 from leafnet.training.settings import HeadSettings
@@ -378,7 +378,6 @@ class SlowClock:
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
     clock = SlowClock()
     monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(head_fit, "time", clock)
     return clock
 
 
@@ -457,7 +456,7 @@ def test_a_step_takes_what_it_does_in_the_mean_of_the_workers(
 ) -> None:
     """Of two that take 0.25 s each, pieces of a second are four steps."""
     data = plain_data(np.ones((40, 2), np.float32), [i % 3 for i in range(40)])
-    monkeypatch.setattr(_Learner, "sum_over_workers", lambda learner, values: 2 * values)
+    monkeypatch.setattr(loop.Workers, "sum", lambda workers, values: 2 * values)
 
     def gather(indices: NDArray[np.int64], epoch: int) -> NDArray[np.floating]:
         slow.now += 0.25 * indices.size
