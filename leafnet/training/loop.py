@@ -257,7 +257,8 @@ def fit(
     clock = Clock(saving, steps.per_epoch, first=first_piece)
     while not finished(state, steps.epochs, patience):
         first, left = state.step, (state.epoch + 1) * steps.per_epoch - state.step
-        piece = clock.piece(first, state.epoch, most=learner.most_steps) if left else 0
+        most = min(left, learner.most_steps)
+        piece = clock.piece(first, state.epoch, most=most) if left else 0
         ends = piece == left
         began = time.monotonic()
         trained = _train(learner, state, piece, hooks)

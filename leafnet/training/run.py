@@ -18,6 +18,7 @@ from leafnet.distributed.group import Survival
 from leafnet.models.weights import Weights
 from leafnet.training import mlflow, tensorboard
 from leafnet.training.plan import Plan, Resources, allocate, say_data, say_work
+from leafnet.training.worker import Placement
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,16 @@ class Run:
         return self.plan.url
 
     @property
-    def survival(self) -> Survival:
-        """What is done about failures of workers."""
-        settings = self.plan.settings
-        return Survival(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep)
+    def placement(self) -> Placement:
+        """The workers of Ray Train, and where they save."""
+        settings, resources = self.plan.settings, self.resources
+        return Placement(
+            resources.workers,
+            resources.cpus_per_worker,
+            resources.gpu,
+            self.url,
+            Survival(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep),
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -174,15 +174,7 @@ def _fit_head(run: Run, job: HeadJob) -> HeadResult:
             run.tracker.epoch(row)
             advance(1)
 
-        return head_worker.fit_head(
-            job,
-            count=run.resources.workers,
-            cpus_per_worker=run.resources.cpus_per_worker,
-            gpu=run.resources.gpu,
-            storage_path=run.url,
-            on_epoch=on_epoch,
-            survival=run.survival,
-        )
+        return head_worker.fit_head(job, run.placement, on_epoch=on_epoch)
 
 
 def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
@@ -253,16 +245,7 @@ def _fine_tune(run: Run, fitted: Fitted) -> tuple[finetune_worker.Tuned, list[Re
             run.events.fine_tune_epoch(row)
             run.tracker.fine_tune_epoch(row)
 
-        return finetune_worker.fine_tune(
-            job,
-            count=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpu=resources.gpu,
-            storage_path=run.url,
-            on_epoch=on_epoch,
-            on_images=advance,
-            survival=run.survival,
-        )
+        return finetune_worker.fine_tune(job, run.placement, on_epoch=on_epoch, on_images=advance)
 
 
 def _described(

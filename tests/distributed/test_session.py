@@ -16,6 +16,7 @@ from leafnet.distributed.resources import Node
 from leafnet.training.head import worker
 from leafnet.training.head.state import TrainState
 from leafnet.training.head.worker import HeadJob, HeadResult
+from leafnet.training.worker import Placement
 from tests.support.made_features import ROWS, head_jobs
 
 
@@ -119,10 +120,7 @@ def fit(job: HeadJob, storage_path: Path, workers: int = 1) -> tuple[HeadResult,
     rows: list[dict[str, float]] = []
     result = worker.fit_head(
         job,
-        count=workers,
-        cpus_per_worker=0.5,
-        gpu=False,
-        storage_path=str(storage_path),
+        Placement(workers, 0.5, False, str(storage_path)),
         on_epoch=rows.append,
     )
     return result, rows

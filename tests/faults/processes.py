@@ -268,6 +268,7 @@ def _drive(folder: Path) -> None:
     from leafnet.distributed import session
     from leafnet.distributed.group import Survival
     from leafnet.training.head import worker as head_worker
+    from leafnet.training.worker import Placement
 
     spec = json.loads((folder / "spec.json").read_text())
     job = pickle.loads((folder / "job.pickle").read_bytes())
@@ -287,12 +288,14 @@ def _drive(folder: Path) -> None:
         terminal.say("the fit begins")
         result = head_worker.fit_head(
             job,
-            count=tuple(workers) if isinstance(workers, list) else workers,
-            cpus_per_worker=spec["cpus"],
-            gpu=False,
-            storage_path=spec["storage"],
+            Placement(
+                tuple(workers) if isinstance(workers, list) else workers,
+                spec["cpus"],
+                False,
+                spec["storage"],
+                Survival(spec["max_failures"], spec["hang_timeout"]),
+            ),
             on_epoch=lambda row: terminal.say(f"epoch {row['epoch']:.0f}"),
-            survival=Survival(spec["max_failures"], spec["hang_timeout"]),
         )
         terminal.say(f"done in {time.monotonic() - began:.1f} s")
     np.savez(folder / "result.npz", head=flat(result.state.head))

@@ -10,23 +10,21 @@ import ray.exceptions
 from numpy.typing import NDArray
 
 from leafnet.core.errors import DamagedParts
-from leafnet.data.shards import SPLITS, ShardIndex
-from leafnet.distributed import group
+from leafnet.data.shards import ShardIndex
 from leafnet.distributed import worker as distributed_worker
 from leafnet.distributed.failures import Restart
-from leafnet.distributed.group import Survival
 from leafnet.distributed.worker import Place, Post
-from leafnet.metrics import novelty
 from leafnet.models.classifier import Head
 from leafnet.models.weights import Weights, fingerprint
+from leafnet.training import worker as training_worker
 from leafnet.training.finetune import fit, pixels
 from leafnet.training.finetune import state as finetune_state
 from leafnet.training.finetune.state import Convolutions, TuneState, initial_arrays, load
 from leafnet.training.finetune.tuner import TuningData
 from leafnet.training.head import worker as head_worker
 from leafnet.training.head.worker import HeadJob
-from leafnet.training.loop import Saving
 from leafnet.training.settings import FineTuneSettings
+from leafnet.training.worker import Placement
 
 _FOLDER = "fine_tune"  # Ray Train's folder in that of the run
 _POST_S = 0.5  # between two reports of progress
@@ -72,62 +70,35 @@ class Tuned(NamedTuple):
 
 def fine_tune(
     job: TuneJob,
+    placement: Placement,
     *,
-    count: int | tuple[int, int],
-    cpus_per_worker: float,
-    gpu: bool,
-    storage_path: str,
     on_epoch: Callable[[dict[str, float]], None],
     on_images: Callable[[int], None],
-    survival: Survival,
 ) -> tuple[Tuned, list[Restart]]:
-    """Fine-tune with Ray Train, from the last checkpoint below `storage_path` if there is one.
+    """Fine-tune with Ray Train, see `training.worker.run`.
 
     Args:
         job: what to train.
-        count: of workers, or the fewest and the most.
-        cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
-        gpu: a GPU for each.
-        storage_path: folder or URL of the run.
+        placement: of the workers.
         on_epoch: called with each row of the history.
         on_images: called with counts of images as they are trained on, each image of an epoch once.
-        survival: what is done about failures.
 
     Returns:
         What it came to, and why the workers were started again on the way.
-
-    Raises:
-        UserError: the loss is not finite, or a checkpoint belongs to other settings.
     """
-    results: list[Tuned] = []
-    on_row = group.each_once(on_epoch)
     images = 0
 
     def on_event(event: tuple[str, Any]) -> None:
         nonlocal images
-        kind, value = event
-        if kind == "epoch":
-            on_row(value)
-        elif kind == "images":
-            if value > images:  # after a restart some come again
-                on_images(value - images)
-                images = value
-        else:
-            results.append(value)
+        _, count = event
+        if count > images:  # after a restart some come again
+            on_images(count - images)
+            images = count
 
-    restarts = group.run(
-        _fine_tune,
-        job,
-        name=_FOLDER,
-        workers=count,
-        cpus_per_worker=cpus_per_worker,
-        gpu=gpu,
-        storage_path=storage_path,
-        on_event=on_event,
-        on_restart=results.clear,
-        survival=survival,
+    tuned, restarts = training_worker.run(
+        _fine_tune, job, placement, name=_FOLDER, on_epoch=on_epoch, on_event=on_event
     )
-    return results[-1], restarts
+    return tuned, restarts
 
 
 def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
@@ -153,20 +124,14 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
         if place.rank == 0:
             post(("epoch", row))
 
-    def save(state: TuneState | None) -> None:
-        def write(folder: str) -> None:
-            assert state is not None
-            finetune_state.save(folder, state, identity=job.identity)
+    def write(folder: str, state: TuneState) -> None:
+        finetune_state.save(folder, state, identity=job.identity)
 
-        distributed_worker.keep(
-            write if state is not None else None, step=state.step if state else 0
+    def read(url: str) -> TuneState:
+        return load(
+            url, initial_arrays(weights, probe.head, job.settings.blocks), identity=job.identity
         )
 
-    state = None
-    url = distributed_worker.newest_checkpoint(folder_url)
-    if url is not None:
-        initial = initial_arrays(weights, probe.head, job.settings.blocks)
-        state = load(url, initial, identity=job.identity)
     state = fit.fine_tune(
         TuningData(train, valid, probe.mean, probe.deviation),
         weights=weights,
@@ -180,9 +145,9 @@ def _fine_tune(job: TuneJob, place: Place, post: Post, folder_url: str) -> None:
         place=place,
         report=report,
         advance=advance,
-        saving=Saving(save, job.save_every_s, job.save_every_steps, distributed_worker.uploaded),
+        saving=training_worker.saving(job, write),
         hooks=hooks,
-        state=state,
+        state=training_worker.resumed(folder_url, read),
     )
     if place.rank == 0:
         tuned = Tuned(
@@ -249,18 +214,10 @@ def judge(job: HeadJob, head: Head) -> Judged:
 def _judge(job: HeadJob, head: Head) -> Judged:
     local = head_worker.local_features(job)
     temperature, head = head_worker.calibrated(head, local.splits["valid"])
-    distance = novelty.fit(local.splits["train"].features[:, 0])
-    changes = {
-        "tallies": {
-            split: head_worker.tally_part(
-                local.splits[split], head, Place(0, 1), len(job.class_names)
-            )
-            for split in SPLITS
-        },
-        "novelty": distance,
-        "outcomes": head_worker.outcomes_of(local.splits, head, distance),
-        "temperature": temperature,
-        "answers": head_worker.answers_of(local.splits, head),
+    tallies = {
+        split: head_worker.tally_part(of_split, head, Place(0, 1), len(job.class_names))
+        for split, of_split in local.splits.items()
     }
+    changes = {"tallies": tallies, **head_worker.judged(local.splits, head, temperature)}
     local.shared.release()
     return Judged(head, changes)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from leafnet.core import scratch
 from leafnet.core.scratch import Shared
 from leafnet.data.shards import SPLITS
-from leafnet.distributed import group, worker
+from leafnet.distributed import worker
 from leafnet.distributed.failures import Restart
-from leafnet.distributed.group import Survival
 from leafnet.distributed.worker import Place, Post
 from leafnet.features import cache, moments
 from leafnet.features.cache import Part, SplitFeatures
@@ -29,11 +28,12 @@ from leafnet.metrics.thresholds import Outcomes
 from leafnet.models import classifier
 from leafnet.models.classifier import Head, fold_standardisation, head_logits
 from leafnet.models.weights import FEATURES
-from leafnet.training import loop
+from leafnet.training import worker as training_worker
 from leafnet.training.head import fit as head_fit
 from leafnet.training.head import state as head_state
 from leafnet.training.head.state import TrainState, load
 from leafnet.training.settings import HeadSettings
+from leafnet.training.worker import Placement
 
 _FOLDER = "head"  # Ray Train's folder in that of the run
 
@@ -77,68 +77,39 @@ class HeadResult:
 
 
 def fit_head(
-    job: HeadJob,
-    *,
-    count: int | tuple[int, int],
-    cpus_per_worker: float,
-    gpu: bool,
-    storage_path: str,
-    on_epoch: Callable[[dict[str, float]], None],
-    survival: Survival | None = None,
+    job: HeadJob, placement: Placement, *, on_epoch: Callable[[dict[str, float]], None]
 ) -> HeadResult:
-    """Fit the head with Ray Train, from the newest checkpoint below `storage_path` if there is one.
+    """Fit the head with Ray Train, see `training.worker.run`.
 
     Args:
         job: what to fit.
-        count: of workers, or the fewest and the most.
-        cpus_per_worker: CPUs that Ray sets aside for each; also its threads.
-        gpu: a GPU for each.
-        storage_path: folder or URL of the run.
+        placement: of the workers.
         on_epoch: called with each row of the history, once.
-        survival: what is done about failures.
-
-    Raises:
-        UserError: the loss is not finite, or a checkpoint belongs to other settings.
-        DamagedParts: the cache has to be repaired first.
-        RuntimeError: the workers failed too often.
     """
     tallies: list[dict[str, Tally]] = []
-    results: list[HeadResult] = []
-    on_row = group.each_once(on_epoch)
 
     def on_event(event: tuple[str, Any]) -> None:
-        kind, value = event
-        if kind == "epoch":
-            on_row(value)
-        elif kind == "tallies":
-            tallies.append(value)
-        else:
-            results.append(value)
+        tallies.append(event[1])
 
-    def on_restart() -> None:
-        tallies.clear()
-        results.clear()
-
-    batch = job.head.batch_size  # shared out, a row each at the least
-    restarts = group.run(
+    if not isinstance(placement.count, int):
+        fewest, most = placement.count
+        # Shared out, a row each at the least.
+        placement = replace(placement, count=(fewest, min(most, job.head.batch_size)))
+    result, restarts = training_worker.run(
         fit_and_evaluate,
         job,
+        placement,
         name=_FOLDER,
-        workers=count if isinstance(count, int) else (count[0], min(count[1], batch)),
-        cpus_per_worker=cpus_per_worker,
-        gpu=gpu,
-        storage_path=storage_path,
+        on_epoch=on_epoch,
         on_event=on_event,
-        on_restart=on_restart,
-        survival=survival,
+        on_restart=tallies.clear,
     )
-    result = results[-1]
-    result.restarts = restarts
+    fitted: HeadResult = result
+    fitted.restarts = restarts
     for split in SPLITS:
-        result.tallies[split] = sum(
-            (of_worker[split] for of_worker in tallies), empty_tally(len(job.class_names))
-        )
-    return result
+        of_workers = (of_worker[split] for of_worker in tallies)
+        fitted.tallies[split] = sum(of_workers, empty_tally(len(job.class_names)))
+    return fitted
 
 
 def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) -> None:
@@ -161,17 +132,9 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
         if place.rank == 0:
             post(("epoch", row))
 
-    def save(state: TrainState | None) -> None:
-        def write(folder: str) -> None:
-            assert state is not None
-            head_state.save(folder, state, identity=job.identity)
+    def write(folder: str, state: TrainState) -> None:
+        head_state.save(folder, state, identity=job.identity)
 
-        worker.keep(write if state is not None else None, step=state.step if state else 0)
-
-    state = None
-    url = worker.newest_checkpoint(folder_url)
-    if url is not None:
-        state = load(url, identity=job.identity)
     state = head_fit.fit_head(
         head_fit.TrainingData(gather, train.labels, splits["valid"], mean, deviation),
         settings=job.head,
@@ -179,9 +142,9 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
         seed=job.seed,
         place=place,
         report=report,
-        saving=loop.Saving(save, job.save_every_s, job.save_every_steps, worker.uploaded),
+        saving=training_worker.saving(job, write),
         hooks=hooks,
-        state=state,
+        state=training_worker.resumed(folder_url, lambda url: load(url, identity=job.identity)),
     )
     hooks.long("evaluating")
     head = fold_standardisation(state.best_head, mean=mean, deviation=deviation)
@@ -192,19 +155,8 @@ def fit_and_evaluate(job: HeadJob, place: Place, post: Post, folder_url: str) ->
     }
     ray.get(post(("tallies", tallies)))
     if place.rank == 0:
-        distance = metrics_novelty.fit(train.features[:, 0])
-        outcomes = outcomes_of(splits, head, distance)
-        answers = answers_of(splits, head)
-        ray.get(
-            post(
-                (
-                    "result",
-                    HeadResult(
-                        state, mean, deviation, {}, distance, outcomes, temperature, answers
-                    ),
-                )
-            )
-        )
+        result = HeadResult(state, mean, deviation, {}, **judged(splits, head, temperature))
+        ray.get(post(("result", result)))
     local.shared.release()
 
 
@@ -227,6 +179,17 @@ def calibrated(head: Head, valid: SplitFeatures) -> tuple[float, Head]:
         return 1.0, head
     temperature = calibration.fit_temperature(_logits(valid, head), valid.labels)
     return temperature, classifier.fold_temperature(head, temperature)
+
+
+def judged(splits: dict[str, SplitFeatures], head: Head, temperature: float) -> dict[str, Any]:
+    """What one process says of `head`, its temperature folded: fields of `HeadResult`."""
+    distance = metrics_novelty.fit(splits["train"].features[:, 0])
+    return {
+        "novelty": distance,
+        "outcomes": outcomes_of(splits, head, distance),
+        "temperature": temperature,
+        "answers": answers_of(splits, head),
+    }
 
 
 def answers_of(splits: dict[str, SplitFeatures], head: Head) -> dict[str, Answers]:

@@ -49,6 +49,7 @@ from leafnet.training.finetune.tuner import Tuner, TuningData, _adamw, _Trained
 from leafnet.training.loop import Clock, Saving, Steps, Trained, epoch_order
 from leafnet.training.settings import FineTuneSettings, TrainSettings
 from leafnet.training.train import run
+from leafnet.training.worker import Placement
 from tests.support.markup import check
 from tests.training import test_tensorboard
 
@@ -1128,13 +1129,9 @@ def run_job(job: worker.TuneJob, workers: int, folder: Path) -> tuple[worker.Tun
     images: list[int] = []
     tuned, restarts = worker.fine_tune(
         job,
-        count=workers,
-        cpus_per_worker=0.75,
-        gpu=False,
-        storage_path=str(folder),
+        Placement(workers, 0.75, False, str(folder), Survival(keep=9)),
         on_epoch=rows.append,
         on_images=images.append,
-        survival=Survival(keep=9),
     )
     assert restarts == []
     assert [row["epoch"] for row in rows] == [1]

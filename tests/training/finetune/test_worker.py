@@ -8,6 +8,7 @@ from leafnet.distributed import group
 from leafnet.distributed.group import Survival
 from leafnet.models.weights import Weights, fingerprint
 from leafnet.training.finetune import worker
+from leafnet.training.worker import Placement
 
 
 def tuned(number: float) -> worker.Tuned:
@@ -37,13 +38,9 @@ def test_the_driver_hears_each_image_and_epoch_once_also_after_a_restart(
     images: list[int] = []
     found: Any = worker.fine_tune(
         SimpleNamespace(),  # type: ignore[arg-type]
-        count=3,
-        cpus_per_worker=2.0,
-        gpu=True,
-        storage_path="s3://runs/one",
+        Placement(3, 2.0, True, "s3://runs/one", Survival()),
         on_epoch=rows.append,
         on_images=images.append,
-        survival=Survival(),
     )
     assert found == ("new", ["one restart"])
     assert images == [40, 30, 20]

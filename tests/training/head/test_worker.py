@@ -25,6 +25,7 @@ from leafnet.training.head import fit
 from leafnet.training.head import worker as head_worker
 from leafnet.training.head.state import TrainState, load
 from leafnet.training.head.worker import HeadJob, HeadResult
+from leafnet.training.worker import Placement
 from tests.support.made_features import CLASSES, ROWS, head_jobs
 
 WIDTH = 6
@@ -269,12 +270,8 @@ def test_the_driver_adds_up_what_the_last_group_counted(
     survival = group.Survival(keep=5)
     result = head_worker.fit_head(
         job,
-        count=(2, 40),
-        cpus_per_worker=1.5,
-        gpu=True,
-        storage_path="runs/a",
+        Placement((2, 40), 1.5, True, "runs/a", survival),
         on_epoch=told.append,
-        survival=survival,
     )
     assert result is last
     assert result.restarts == [restart]
