@@ -151,7 +151,10 @@ def write_part(root: str, part: Part, features: Features, labels: NDArray[np.int
 
 
 def read_part(root: str, part: Part) -> tuple[Features, NDArray[np.int32]] | None:
-    """(features [rows, views, D], labels [rows]) of `part`; None when it is missing or damaged."""
+    """(features [rows, views, D], labels [rows]) of `part`; None when it is missing or damaged.
+
+    Features that are not finite are damage: none are written.
+    """
     try:
         data = storage.read_bytes(storage.join(root, part.name))
         table = pq.read_table(
@@ -164,7 +167,7 @@ def read_part(root: str, part: Part) -> tuple[Features, NDArray[np.int32]] | Non
         return None
     column = table.column("features").combine_chunks()
     values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.float16)
-    if values.size != part.rows * views * FEATURES:
+    if values.size != part.rows * views * FEATURES or not np.isfinite(values).all():
         return None
     return values.reshape(part.rows, views, FEATURES), table.column("label").to_numpy().astype(
         np.int32

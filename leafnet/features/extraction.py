@@ -9,6 +9,7 @@ import ray
 from numpy.typing import NDArray
 
 from leafnet.core import interrupts
+from leafnet.core.errors import UserError
 from leafnet.core.hardware import limit_threads
 from leafnet.data.images import Pixels
 from leafnet.data.shards import Shard, ShardIndex
@@ -17,10 +18,13 @@ from leafnet.distributed.heartbeat import Board
 from leafnet.distributed.resources import Machines
 from leafnet.features import cache
 from leafnet.features.cache import Part
+from leafnet.features.moments import Features
 from leafnet.features.views import draw_view
 from leafnet.models import resnet, runtime
 from leafnet.models.runtime import ahead
 from leafnet.models.weights import FEATURES
+
+NOT_FINITE = "features-not-finite"  # the reason of the error where a network gives such
 
 
 def extract(
@@ -45,6 +49,9 @@ def extract(
         batch_size: views in one forward pass.
         machines: what there is to run on.
         advance: called with each count of views that is finished.
+
+    Raises:
+        UserError: the network gives features that are not finite; a photograph cannot be decoded.
     """
     groups: dict[Shard, dict[int, list[Part]]] = {}
     for part in plan.missing:
@@ -86,7 +93,8 @@ class _Extractor:
         self._root, self._board = root, board
         self._parts = {shard.name: of_shard for shard, of_shard in groups.items()}
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    # A generator: of other functions Ray Data hides an error behind one of its own.
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         shard, group = str(batch["shard"][0]), int(batch["row_group"][0])
         pixels, keys = batch["pixels"][0], json.loads(str(batch["keys"][0]))
         for part in self._parts[shard][group]:
@@ -94,18 +102,36 @@ class _Extractor:
             out = np.empty((len(keys) * len(views), FEATURES), np.float16)
             done = 0
             stacks = ahead(_view_batches(pixels, keys, views, part.seed, self._batch_size))
-            for made in runtime.run(self._network, stacks):
-                rows = min(len(out) - done, len(made))
-                out[done : done + rows] = made[:rows]
+            for features in runtime.run(self._network, stacks):
+                rows = min(len(out) - done, len(features))
+                with np.errstate(over="ignore"):  # refused below, by the photograph's name
+                    out[done : done + rows] = features[:rows]
                 done += rows
                 self._board.post.remote(rows)
+            _refuse_non_finite(out, keys, shard)
             cache.write_part(
                 self._root,
                 part,
                 out.reshape(len(keys), len(views), -1),
                 np.asarray(batch["labels"][0], np.int32),
             )
-        return {"shard": batch["shard"], "row_group": batch["row_group"]}
+        yield {"shard": batch["shard"], "row_group": batch["row_group"]}
+
+
+def _refuse_non_finite(features: Features, keys: Sequence[str], shard: str) -> None:
+    """Keep features [examples x views, D] that are no numbers out of the cache.
+
+    Raises:
+        UserError: the network gave some.
+    """
+    (bad,) = np.nonzero(~np.isfinite(features).all(axis=1))
+    if bad.size:
+        key = keys[bad[0] * len(keys) // len(features)]
+        raise UserError(
+            NOT_FINITE,
+            f"the network's features of {key} in {shard} are not finite in half precision, and of "
+            f"{bad.size - 1:,} more views; its weights are damaged or diverged, check --weights",
+        )
 
 
 def _view_batches(

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 
 from leafnet.core import storage, terminal
-from leafnet.core.errors import DamagedParts
+from leafnet.core.errors import DamagedParts, UserError
 from leafnet.core.terminal import say
 from leafnet.data.shards import SPLITS
 from leafnet.distributed.failures import Restart
@@ -269,8 +270,18 @@ def _judge(
 ) -> finetune_worker.Judged:
     """How the fine-tuned network does on the plain views, which it computes for that."""
     head = fold_standardisation(tuned_head, mean=result.mean, deviation=result.deviation)
-    return _on_whole(
-        run,
-        extract(run, network, views=1),
-        lambda features: finetune_worker.judge(_head_job(run, features), head),
-    )
+    try:
+        return _on_whole(
+            run,
+            extract(run, network, views=1),
+            lambda features: finetune_worker.judge(_head_job(run, features), head),
+        )
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, UserError) or error.cause.reason != extraction.NOT_FINITE:
+            raise
+        rate = run.plan.settings.fine_tune.learning_rate
+        raise UserError(
+            "fine-tuning-diverged",
+            f"fine-tuning has driven the network's features beyond all bounds, at "
+            f"--fine_tune.learning_rate {rate:g}; train under another --name with a lower one",
+        ) from None

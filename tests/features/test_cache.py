@@ -493,3 +493,21 @@ def test_a_cache_may_be_as_large_as_its_limit(tmp_path: Path) -> None:
     assert evict(str(tmp_path), max_gb=size / 1e9, keep="b") == []
     assert evict(str(tmp_path), max_gb=(size - 1) / 1e9, keep="b") == ["a"]
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_part_with_a_value_that_is_not_finite_is_damaged(value: float, tmp_path: Path) -> None:
+    """It is no fault of whoever learns from it, and is computed again."""
+    root = str(tmp_path)
+    whole, other = features_cache.plan(root, [(shard("s", [3]), 2)], seed=0).missing
+    for part in (whole, other):
+        fill(root, part)
+    read = read_part(root, other)
+    assert read is not None
+    features, labels = read[0].copy(), read[1]
+    features[-1, -1, -1] = value
+    write_part(root, other, features, labels)
+    assert read_part(root, whole) is not None
+    with pytest.raises(DamagedParts) as caught:
+        assemble(root, [whole, other], 2, path=str(tmp_path / "mapped.npy"))
+    assert caught.value.names == (other.name,)

@@ -107,6 +107,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "evaluation.document": ("evaluation/test_evaluate",),
     "training.dry_run": (),
     "training.estimate": (),
+    "training.stages": (),
     "training.head.worker": (),
     "distributed.group": (),
     "distributed.failures": ("distributed/test_group",),
