@@ -18,7 +18,7 @@ from leafnet.training.settings import FineTuneSettings
 def made_run(**more: Any) -> Any:
     """A run at work as far as the stages look at it."""
     settings = SimpleNamespace(fine_tune=FineTuneSettings(learning_rate=9.0))
-    run = SimpleNamespace(plan=SimpleNamespace(settings=settings), seconds={}, **more)
+    run: Any = SimpleNamespace(plan=SimpleNamespace(settings=settings), seconds={}, **more)
     run.stage = lambda name: Run.stage(run, name)
     return run
 
