@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
-from numpy.typing import NDArray
 
 from leafnet.metrics.drift import Histogram
 from leafnet.metrics.scores import exact_interval
 
-# Classes of the style sheet, `c0` to `c5`: colours that are told apart with any colour vision. More
+# Classes of the style sheet, `c0` to `c5`: colours that any colour vision can tell apart. More
 # classes than these share `cx`, grey.
 COLOURS = 6
 _SHAPES = 6
@@ -80,7 +79,7 @@ def curves(
     quantity: str,
     *,
     best_epoch: int,
-    told: str,
+    description: str,
     head_alone: float | None = None,
 ) -> Markup:
     """`quantity` of train and valid by epoch, the best epoch marked.
@@ -89,7 +88,7 @@ def curves(
         history: rows of a history.
         quantity: `loss` or `accuracy`.
         best_epoch: 0: none is marked.
-        told: what it shows, in a sentence.
+        description: what it shows, in a sentence.
         head_alone: what it was on validation before the first epoch; None: nothing is drawn of it.
     """
     series = {
@@ -135,7 +134,7 @@ def curves(
     ends.sort()
     for y, (_, name) in zip(_apart([y for y, _ in ends], 14), ends, strict=True):
         parts.append(f'<text class="{name}" x="{axes.right + 6}" y="{y + 4:.1f}">{name}</text>')
-    return _svg(parts, told)
+    return svg(parts, description)
 
 
 def loss_limit(
@@ -182,7 +181,7 @@ def histogram(
     expected: Histogram | None,
     *,
     names: tuple[str, str],
-    told: str,
+    description: str,
     label: str,
     limit: float | None = None,
     limit_name: str = "",
@@ -193,7 +192,7 @@ def histogram(
         found: what is looked at.
         expected: what it is compared with; None: nothing is.
         names: of the two.
-        told: what it shows, in a sentence.
+        description: what it shows, in a sentence.
         label: of the horizontal axis.
         limit: a threshold to be marked; None: there is none.
         limit_name: what is beyond it.
@@ -235,10 +234,10 @@ def histogram(
         x = axes.left + 34 + 6.6 * len(names[0])
         key += f'<path class="outline" d="M{x:.1f} 10h14"/>'
         key += f'<text x="{x + 19:.1f}" y="14">{escape(names[1])}</text>'
-    return _svg([*parts, key], told)
+    return svg([*parts, key], description)
 
 
-def reliability(calibration: Sequence[Mapping[str, float]], *, told: str) -> Markup:
+def reliability(calibration: Sequence[Mapping[str, float]], *, description: str) -> Markup:
     """Share that is right against the confidence, with 95 % intervals, and how many there are."""
     low = min(0.5, math.floor(10 * min(row["confidence"] for row in calibration)) / 10)
     axes = _Axes(low, 1.0, 0.0, 1.0, bottom=_HEIGHT - _BOTTOM)
@@ -268,7 +267,7 @@ def reliability(calibration: Sequence[Mapping[str, float]], *, told: str) -> Mar
         f'<text x="{axes.right - 6}" y="{axes.y(0.3):.1f}" class="it" text-anchor="end">'
         "too sure</text>"
     )
-    return _svg(parts, told)
+    return svg(parts, description)
 
 
 def interval(low: float, value: float, high: float) -> Markup:
@@ -282,14 +281,14 @@ def interval(low: float, value: float, high: float) -> Markup:
 
 
 def stacked(
-    nights: Sequence[tuple[str, Sequence[int]]], classes: Sequence[str], *, told: str
+    nights: Sequence[tuple[str, Sequence[int]]], classes: Sequence[str], *, description: str
 ) -> Markup:
     """Shares of the classes of each night, from the bottom up; the last night stands out.
 
     Args:
         nights: a label and a count for each of `classes`; nothing was scored where all are 0.
         classes: names of the style sheet's colours.
-        told: what it shows, in a sentence.
+        description: what it shows, in a sentence.
     """
     axes = _Axes(0.0, float(len(nights)), 0.0, 1.0, top=10)
     parts = [_y_axis(axes, _percent)]
@@ -322,7 +321,7 @@ def stacked(
         f'<rect class="frame" x="{x:.1f}" y="{axes.top - 1}" width="{width:.1f}" '
         f'height="{axes.bottom - axes.top + 2:.1f}"/>'
     )
-    return _svg(parts, told, height=_HEIGHT - 14)
+    return svg(parts, description, height=_HEIGHT - 14)
 
 
 def spark(values: Sequence[float | None]) -> Markup:
@@ -347,84 +346,6 @@ def spark(values: Sequence[float | None]) -> Markup:
     )
 
 
-# The map
-
-
-class Placed(NamedTuple):
-    """Positions of some photographs: degrees, and which of the classes each is of."""
-
-    latitude: NDArray[np.float64]  # [N]
-    longitude: NDArray[np.float64]  # [N]
-    group: NDArray[np.int64]  # [N]
-
-
-class Map(NamedTuple):
-    """A drawn map."""
-
-    svg: Markup
-    outside: int  # positions too far away to be on it
-    extent: str  # of the map, in words
-
-
-_EARTH_KM = 6371.0
-_MAP_WIDTH, _MAP_HEIGHT = 560, 400
-_MARGIN = 24
-
-
-def scatter_map(placed: Placed, classes: Sequence[str], *, told: str) -> Map | None:
-    """Positions on a plane, true to scale around their middle, north up; None: there are none.
-
-    A position far away from nearly all others, such as one of a phone that was wrong, is left out
-    and counted, since with it all others would lie on one spot. Photographs of a class on the same
-    place are one mark.
-    """
-    if not len(placed.latitude):
-        return None
-    # Around the mean direction, so that a field on the 180th meridian is one field.
-    turned = np.exp(1j * np.radians(placed.longitude)).mean()
-    middle = float(np.degrees(np.angle(turned)))
-    longitude = (placed.longitude - middle + 180) % 360 - 180
-    latitude = placed.latitude
-    centre = float(np.median(longitude)), float(np.median(latitude))
-    per_degree = math.pi * _EARTH_KM / 180
-    x = (longitude - centre[0]) * per_degree * max(math.cos(math.radians(centre[1])), 0.01)
-    y = (latitude - centre[1]) * per_degree
-    inside = _near(x) & _near(y)
-    low_x, high_x = float(x[inside].min()), float(x[inside].max())
-    low_y, high_y = float(y[inside].min()), float(y[inside].max())
-    # At least 50 m wide: what is less is the positions' own error.
-    scale = min(
-        (_MAP_WIDTH - 2 * _MARGIN) / max(high_x - low_x, 0.05),
-        (_MAP_HEIGHT - 2 * _MARGIN - 30) / max(high_y - low_y, 0.05),
-    )
-    left = _MAP_WIDTH / 2 - scale * (low_x + high_x) / 2
-    top = (_MAP_HEIGHT - 30) / 2 + scale * (low_y + high_y) / 2
-    parts = [f'<rect class="ground" width="{_MAP_WIDTH}" height="{_MAP_HEIGHT}" rx="6"/>']
-    for group, name in enumerate(classes):
-        mine = inside & (placed.group == group)
-        at = np.unique(
-            np.stack([np.round(left + scale * x[mine]), np.round(top - scale * y[mine])]), axis=1
-        )
-        marks = "".join(mark(group, int(px), int(py)) for px, py in at.T)
-        parts.append(f'<path class="{name} place" d="{marks}"/>')
-    kilometres = _round_below(0.3 * _MAP_WIDTH / scale)
-    bar = kilometres * scale
-    distance = f"{kilometres:g} km" if kilometres >= 1 else f"{round(kilometres * 1000):g} m"
-    base = _MAP_HEIGHT - 14
-    parts.append(f'<path class="scale" d="M16 {base - 6}v6h{bar:.1f}v-6"/>')
-    parts.append(f'<text x="{22 + bar:.1f}" y="{base}">{distance}</text>')
-    parts.append(
-        f'<path class="scale" d="M{_MAP_WIDTH - 22} {base}v-18m-4 6l4 -6l4 6"/>'
-        f'<text x="{_MAP_WIDTH - 22}" y="{base - 23}" text-anchor="middle">N</text>'
-    )
-    wide, high = high_x - low_x, high_y - low_y
-    return Map(
-        _svg(parts, told, width=_MAP_WIDTH, height=_MAP_HEIGHT),
-        outside=int((~inside).sum()),
-        extent=f"{_distance(wide)} from west to east and {_distance(high)} from south to north",
-    )
-
-
 def mark(group: int, x: float, y: float) -> str:
     """A shape of its own for each class, so that colour is not all that tells them apart."""
     shapes = (
@@ -445,36 +366,6 @@ def key_mark(group: int, name: str) -> Markup:
         '<svg class="key" viewBox="-7 -7 14 14" width="14" height="14" aria-hidden="true">'
         f'<path class="{name}" d="{mark(group, 0, 0)}"/></svg>'
     )
-
-
-def _near(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of `values` are not absurdly far from the middle nine tenths of them."""
-    low, high = np.quantile(values, [0.05, 0.95])
-    reach = 5 * max(high - low, 0.2)
-    near: NDArray[np.bool_] = (values > low - reach) & (values < high + reach)
-    return near
-
-
-def _round_below(value: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten up to `value`.
-
-    >>> _round_below(0.37), _round_below(2.0), _round_below(99)
-    (0.2, 2.0, 50.0)
-    """
-    power = 10.0 ** math.floor(math.log10(value) + 1e-9)
-    return next(
-        power * factor for factor in (5.0, 2.0, 1.0) if power * factor <= value * (1 + 1e-9)
-    )
-
-
-def _distance(kilometres: float) -> str:
-    """
-    >>> _distance(0.034), _distance(2.345), _distance(217.8)
-    ('34 m', '2.3 km', '218 km')
-    """
-    if kilometres < 1:
-        return f"{1000 * kilometres:.0f} m"
-    return f"{kilometres:.1f} km" if kilometres < 100 else f"{kilometres:,.0f} km"
 
 
 # Parts
@@ -506,8 +397,11 @@ def _x_axis(axes: _Axes, values: Iterable[float], show: Format, label: str) -> s
     return "".join(parts)
 
 
-def _svg(parts: Iterable[str], told: str, *, width: int = _WIDTH, height: int = _HEIGHT) -> Markup:
+def svg(
+    parts: Iterable[str], description: str, *, width: int = _WIDTH, height: int = _HEIGHT
+) -> Markup:
     return Markup(
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(told)}">'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(description)}">'
         f"{''.join(parts)}</svg>"
     )

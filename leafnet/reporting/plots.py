@@ -21,7 +21,7 @@ from leafnet.metrics.mistakes import most_confused
 from leafnet.metrics.scores import CALIBRATION_BINS, exact_interval
 
 DPI = 120
-# Okabe and Ito 2008, "Color universal design": told apart with any colour vision.
+# Okabe and Ito 2008, "Color universal design": any colour vision can tell them apart.
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 INK, GREY, FAINT = "#222222", "#666666", "#DDDDDD"
 MAX_CLASSES_WITH_TEXT = 12
@@ -106,7 +106,7 @@ def _curves(
             [row["epoch"] for row in rows],
             values,
             color=colour,
-            linestyle="-" if name == "valid" else (0, (4, 1.2)),  # told apart in grey print too
+            linestyle="-" if name == "valid" else (0, (4, 1.2)),  # different in grey print as well
             marker="o" if len(rows) <= 12 else "",
             markersize=4,
         )
@@ -334,10 +334,10 @@ def reliability_png(
         axes.set_ylabel("share that is right")
         axes.yaxis.set_major_formatter(_percent)
         axes.set_title("Reliability", loc="left", weight="bold")
-        told = f"calibration error (ECE) {ece:.3f}"
+        subtitle = f"calibration error (ECE) {ece:.3f}"
         if before:
-            told = f"ECE {ece:.3f}, before calibration {ece_before:.3f} (hollow)"
-        axes.set_title(told, loc="right", size=9, color=GREY)
+            subtitle = f"ECE {ece:.3f}, before calibration {ece_before:.3f} (hollow)"
+        axes.set_title(subtitle, loc="right", size=9, color=GREY)
         axes.grid(color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
 

@@ -25,7 +25,7 @@ from leafnet.metrics.estimate import Estimate
 from leafnet.metrics.prevalence import Bias
 from leafnet.metrics.scores import exact_interval
 from leafnet.metrics.slices import NO_MATCH
-from leafnet.reporting import charts
+from leafnet.reporting import charts, maps
 from leafnet.scoring import shares
 from leafnet.scoring.ledger import Published
 
@@ -360,10 +360,10 @@ def _map(
     ]
     group = np.array([marks[name][0] for name in most])
     colours = [f"c{i}" for i in range(charts.COLOURS)] + ["cx"]
-    drawn = charts.scatter_map(
-        charts.Placed(middle[:, 0], middle[:, 1], group),
+    drawn = maps.scatter_map(
+        maps.Placed(middle[:, 0], middle[:, 1], group),
         colours,
-        told=f"Map of {len(there)} fields, marked by the class of which each has most.",
+        description=f"Map of {len(there)} fields, marked by the class of which each has most.",
     )
     keys = [(charts.key_mark(*marks[name]), name) for name in classes if name in most]
     return {"map": drawn, "keys": keys}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from leafnet.core import storage
 from leafnet.metrics import drift
 from leafnet.metrics.drift import Histogram
-from leafnet.reporting import charts
+from leafnet.reporting import maps
 from leafnet.scoring import ledger, shares, thumbnails
 from leafnet.scoring.ledger import Published
 
@@ -90,12 +90,12 @@ class Night:
         empty = np.empty((0, len(self.classes)), np.float32)
         return np.concatenate([empty, *self.answers])
 
-    def placed(self) -> charts.Placed:
+    def placed(self) -> maps.Placed:
         """The positions, of at most `_MAX_PLACES` photographs."""
         columns = zip(*self.places, strict=True)
         latitude, longitude, group = (np.concatenate(column) for column in columns)
         every = -(-len(latitude) // _MAX_PLACES)
-        return charts.Placed(latitude[::every], longitude[::every], group[::every])
+        return maps.Placed(latitude[::every], longitude[::every], group[::every])
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

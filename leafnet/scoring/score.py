@@ -46,8 +46,9 @@ from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.ledger import Difference
 from leafnet.scoring.listing import Listing
 from leafnet.scoring.pipeline import Job, Result, batches, make_pool, scored_batches
-from leafnet.scoring.report import keep_thumbnails, shown, write
+from leafnet.scoring.report import write
 from leafnet.scoring.settings import ScoreSettings
+from leafnet.scoring.sheet import keep_thumbnails, shown
 from leafnet.scoring.staging import (
     Counts,
     Staging,

@@ -20,22 +20,16 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.core.settings import flat
 from leafnet.data import shards
-from leafnet.data.images import ImageError
-from leafnet.data.shards import SPLITS, ShardIndex
-from leafnet.data.thumbnails import of_photograph
-from leafnet.evaluation import document
+from leafnet.data.shards import SPLITS
 from leafnet.evaluation.gallery import Item
 from leafnet.metrics.mistakes import confused_pairs
 from leafnet.metrics.thresholds import REVIEW_ALL
 from leafnet.reporting import charts, pages
+from leafnet.training import pictures
 from leafnet.training.settings import describe_stages
 
 NAME = "report.html"
 
-_SAMPLES = 8  # of a class, or fewer where there are many classes
-_MAX_SAMPLES = 240
-# Row groups that are read for samples at most: rare classes may be in none of them.
-_MAX_GROUPS = 8
 _MAX_MATRIX = 40  # classes; of more the confusion matrix is a picture
 _MAX_CONFUSED = 12  # pairs of classes that are listed
 _MAX_ROWS = 200  # classes with a row of scores
@@ -44,15 +38,6 @@ _MAX_REJECTED = 30
 _FEW = 10  # photographs of a class in a split, of which shares say little
 _MAX_FEW = 8  # such classes that are named
 
-_KINDS = (
-    ("confident-error", "Most confident errors", "Wrong, and the surest of it."),
-    (
-        "likely-wrong-label",
-        "Likely wrong labels",
-        "The model is sure of another label than the photograph has. Look whether it is right.",
-    ),
-    ("confused-pair", "Most confused classes", "Photographs of the pairs that are mixed up most."),
-)
 
 _STAGES = {
     "start": ("start", "Ray and settings"),
@@ -77,8 +62,8 @@ def write(run: str) -> str:
     run = storage.absolute(run)
     stored = _stored(run)
     # Samples of each class are of the training split, which is what was learnt from.
-    items = [item for item in _gallery(run) if item.kind != "sample"]
-    items += _samples_of(stored["model"])
+    items = [item for item in pictures.gallery(run) if item.kind != "sample"]
+    items += pictures.samples_of(stored["model"])
     target = storage.join(run, NAME)
     storage.write_bytes(target, pages.render("run.html", **_content(run, stored, items)))
     return target
@@ -118,52 +103,6 @@ def _history_of_fine_tune(run: str) -> list[dict[str, float]]:
         return []
 
 
-# Photographs
-
-
-def _gallery(run: str) -> list[Item]:
-    try:
-        _, items = document.read(storage.join(run, "evaluation"))
-    except FileNotFoundError:  # no split to evaluate
-        return []
-    return items
-
-
-def _samples_of(model: Mapping[str, Any]) -> list[Item]:
-    """Samples of the training photographs, none when the data set is gone or is another one."""
-    data = model.get("data", {})
-    try:
-        index = shards.read_index(data["shards"])
-    except (KeyError, UserError):
-        return []
-    return samples(index) if index.fingerprint == data["fingerprint"] else []
-
-
-def samples(index: ShardIndex, *, split: str = "train") -> list[Item]:
-    """Some photographs of each class of `split`, in the order of the classes.
-
-    They are the first of the shards, which are shuffled. At most 8 row groups are read, so that a
-    class may have fewer than others.
-    """
-    wanted = max(1, min(_SAMPLES, _MAX_SAMPLES // len(index.class_names)))
-    found: dict[int, list[Item]] = {i: [] for i in range(len(index.class_names))}
-    for number, table in enumerate(
-        shards.unchecked_groups(index, split, ["key", "image", "label"])
-    ):
-        for row in table.to_pylist():
-            of_class = found[row["label"]]
-            if len(of_class) < wanted:
-                name = index.class_names[row["label"]]
-                try:
-                    small = of_photograph(row["image"])
-                except ImageError:  # it is not this report's to judge the data set
-                    continue
-                of_class.append(Item("sample", row["key"], name, name, 1.0, small, None))
-        if number + 1 == _MAX_GROUPS or all(len(items) == wanted for items in found.values()):
-            break
-    return [item for items in found.values() for item in items]
-
-
 # The page
 
 
@@ -197,8 +136,8 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
         "reliability": _reliability(scores, split),
         "review": model.get("review"),
         "review_all": REVIEW_ALL,
-        "galleries": _galleries(items, colour),
-        "samples": _by_class(items, names),
+        "galleries": pictures.galleries(items, colour),
+        "samples": pictures.by_class(items, names),
         "colour": colour,
         "data": _data(model),
         "stages": _stages(facts),
@@ -214,28 +153,28 @@ def _content(run: str, stored: Mapping[str, Any], items: Sequence[Item]) -> dict
 
 
 def _alarms(model: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> list[str]:
-    told = []
+    warnings = []
     if model.get("backbone", {}).get("source") == "random":
-        told.append(
+        warnings.append(
             "The backbone has random weights: this is a check of the pipeline, and its figures say "
             "nothing about leaves."
         )
     scores = metrics[split]
-    told += _few(scores["per_class"], split)
+    warnings += _few(scores["per_class"], split)
     train = metrics.get("train")
     if train and split != "train" and train["accuracy"] - scores["accuracy_high"] > 0.1:
-        told.append(
-            f"On the training photographs {pages.percent(train['accuracy'])} are right, on "
-            f"{split} {pages.percent(scores['accuracy'])}: the head has learnt them by heart. More "
-            "photographs or more views help."
+        warnings.append(
+            f"Of the training photographs {pages.percent(train['accuracy'])} are classified "
+            f"correctly, of {split} {pages.percent(scores['accuracy'])}: the head has overfitted. "
+            "More photographs or more views help."
         )
     review = model.get("review")
     if review and review["confidence"] == REVIEW_ALL:
-        told.append(
-            f"No confidence gives {review['precision_target']:.0%} right predictions on "
-            "validation, so that every photograph is for review."
+        warnings.append(
+            f"No confidence threshold gives {review['precision_target']:.0%} correct predictions "
+            "on validation: every photograph is for review."
         )
-    return told
+    return warnings
 
 
 def _few(per_class: Mapping[str, Any], split: str) -> list[str]:
@@ -277,31 +216,33 @@ def _curves(
             for split in ("train", "valid")
             if f"{split}_{quantity}" in last
         )
-        told = (
+        caption = (
             f"{quantity.capitalize()} over {len(history)} epoch{'s' * (len(history) > 1)}; at the "
             f"end {ends}. "
         )
-        told += (
+        caption += (
             f"The best epoch is {best_epoch}."
             if best_epoch
             else "No epoch was better than the head alone."
         )
         alone = before.get(f"valid_{quantity}")
         if alone is not None:
-            told += f" Dotted: the head alone on validation, {show(alone)}."
+            caption += f" Dotted: the head alone on validation, {show(alone)}."
         if quantity == "loss":
             limit, largest = charts.loss_limit(history, alone)
             if largest > limit:
-                told += f" Higher than {limit:.2g} it is cut off: the most was {largest:.3g}."
-        svg = charts.curves(history, quantity, best_epoch=best_epoch, told=told, head_alone=alone)
-        made.append((quantity.capitalize(), svg, told))
+                caption += f" Values over {limit:.2g} are cut off; the largest was {largest:.3g}."
+        svg = charts.curves(
+            history, quantity, best_epoch=best_epoch, description=caption, head_alone=alone
+        )
+        made.append((quantity.capitalize(), svg, caption))
     return made
 
 
 def _fine_tune(
     facts: Mapping[str, Any] | None, history: Sequence[Mapping[str, float]]
 ) -> dict[str, Any] | None:
-    """What is told of fine-tuning, from run.json and fine_tune.csv; None: there was none."""
+    """Describe fine-tuning, from run.json and fine_tune.csv; None: there was none."""
     if not facts or not history:
         return None
     alone, best = facts.get("head_alone_valid", {}), facts["best_epoch"]
@@ -309,33 +250,33 @@ def _fine_tune(
     count = f"{len(history)} epoch{'s' * (len(history) > 1)}"
     if not facts["published"]:
         lowest = min(history, key=lambda row: row.get("valid_loss", math.inf))
-        told = (
-            f"Nothing was gained by fine-tuning {stages} for {count}: on validation the lowest "
-            f"loss was {lowest['valid_loss']:.3g}"
+        summary = (
+            f"Fine-tuning {stages} for {count} gained nothing: the lowest validation loss was "
+            f"{lowest['valid_loss']:.3g}"
             + (f", that of the head alone is {alone['valid_loss']:.3g}" if alone else "")
-            + ". The head alone was kept and is published."
+            + ". The head alone is published."
         )
     elif alone:
         (row,) = (row for row in history if row["epoch"] == best)
-        told = (
+        summary = (
             f"Fine-tuning {stages} took validation accuracy from "
-            f"{pages.percent(alone['valid_accuracy'])}, by the head alone, to "
+            f"{pages.percent(alone['valid_accuracy'])} (head alone) to "
             f"{pages.percent(row['valid_accuracy'])}, and the loss from {alone['valid_loss']:.3g} "
             f"to {row['valid_loss']:.3g}, in epoch {best} of {len(history)}, which is published."
         )
     else:
-        told = (
-            f"Of fine-tuning {stages} for {count}, epoch {best} is published; what it gained is "
-            "not known without a validation split."
+        summary = (
+            f"Fine-tuning {stages} took {count}, and epoch {best} is published; the gain is "
+            "unknown without a validation split."
         )
     waited = (
-        f"Of the time of its steps, {pages.percent(facts['waited'])} was spent waiting for "
-        f"photographs; {facts['images_per_s']:,.1f} images/s in the mean."
+        f"Its steps spent {pages.percent(facts['waited'])} of their time waiting for photographs; "
+        f"the mean speed was {facts['images_per_s']:,.1f} images/s."
     )
     before, after = facts.get("head_alone", {}), facts.get("fine_tuned", {})
     return {
         "stages": stages,
-        "told": told,
+        "summary": summary,
         "waited": waited,
         "curves": _curves(history, best, alone),
         "history": history,
@@ -401,56 +342,29 @@ def _per_class(scores: Mapping[str, Any], colour: Mapping[str, Any]) -> list[dic
 
 
 def _reliability(scores: Mapping[str, Any], split: str) -> dict[str, Any]:
-    told = (
-        f"Share that is right against confidence on the {split} split. The expected calibration "
+    caption = (
+        f"Accuracy against confidence on the {split} split. The expected calibration "
         f"error is {scores['ece']:.3f}."
     )
-    return {"svg": charts.reliability(scores["calibration"], told=told), "told": told}
-
-
-def _galleries(items: Sequence[Item], colour: Mapping[str, Any]) -> list[dict[str, Any]]:
-    made = []
-    for kind, title, words in _KINDS:
-        mine = [item for item in items if item.kind == kind]
-        if not mine:
-            continue
-        groups: dict[str, list[Item]] = {}
-        for item in mine:
-            pair = f"{item.label} taken for {item.predicted}" if kind == "confused-pair" else ""
-            groups.setdefault(pair, []).append(item)
-        made.append(
-            {
-                "kind": kind,
-                "title": title,
-                "words": words,
-                "groups": groups,
-                "maps": any(item.cam_jpeg for item in mine),
-            }
-        )
-    return made
-
-
-def _by_class(items: Sequence[Item], names: Sequence[str]) -> dict[str, list[Item]]:
-    found = {
-        name: [item for item in items if item.kind == "sample" and item.label == name]
-        for name in names
+    return {
+        "svg": charts.reliability(scores["calibration"], description=caption),
+        "caption": caption,
     }
-    return {name: of_class for name, of_class in found.items() if of_class}
 
 
 def _data(model: Mapping[str, Any]) -> dict[str, Any]:
     """Counts, duplicates and rejected photographs, as far as the data set is still there."""
     data = model.get("data", {})
-    told: dict[str, Any] = {"shards": data.get("shards", "?"), "counts": None, "prepared": {}}
+    known: dict[str, Any] = {"shards": data.get("shards", "?"), "counts": None, "prepared": {}}
     try:
         index = shards.read_index(data["shards"])
     except (KeyError, UserError):
-        return told | {"gone": True}
+        return known | {"gone": True}
     if index.fingerprint != data["fingerprint"]:
-        return told | {"gone": True}
+        return known | {"gone": True}
     pairs = _table(index.root, "duplicates.parquet")
     rejected = _table(index.root, "rejected.parquet")
-    return told | {
+    return known | {
         "gone": False,
         "splits": [split for split in SPLITS if index.examples(split)],
         "counts": index.counts,

@@ -8,7 +8,7 @@ import pytest
 
 from leafnet.metrics.drift import BINS, Histogram
 from leafnet.reporting import charts
-from leafnet.reporting.charts import Placed, scatter_map
+from leafnet.reporting.maps import Placed, scatter_map
 
 CLASSES = ["c0", "c1", "c2"]
 
@@ -34,29 +34,33 @@ def test_curves(epochs: int, quantity: str) -> None:
         {"epoch": float(e), "train_loss": 1 / e, "valid_loss": 1.2 / e, "train_accuracy": 1.0}
         for e in range(1, epochs + 1)
     ]
-    root = drawn(charts.curves(history, quantity, best_epoch=epochs, told="It falls."))
+    root = drawn(charts.curves(history, quantity, best_epoch=epochs, description="It falls."))
     assert root.get("aria-label") == "It falls."
     assert ("valid" in texts(root)) == (quantity == "loss")
 
 
 def test_curves_of_values_that_are_not_finite() -> None:
     history = [{"epoch": 1.0, "train_loss": float("inf")}, {"epoch": 2.0, "train_loss": 0.5}]
-    drawn(charts.curves(history, "loss", best_epoch=2, told="t"))
-    assert charts.curves(history, "accuracy", best_epoch=2, told="t") == ""
+    drawn(charts.curves(history, "loss", best_epoch=2, description="t"))
+    assert charts.curves(history, "accuracy", best_epoch=2, description="t") == ""
 
 
 def test_curves_beside_what_was_before() -> None:
     history = [
         {"epoch": float(e), "train_accuracy": 0.9, "valid_accuracy": 0.9 - 0.01 * e} for e in (1, 2)
     ]
-    root = drawn(charts.curves(history, "accuracy", best_epoch=0, told="t", head_alone=0.885))
+    root = drawn(
+        charts.curves(history, "accuracy", best_epoch=0, description="t", head_alone=0.885)
+    )
     classes = [path.get("class") for path in root.iter("path")]
     assert "before" in classes
     assert "mark" not in classes, "no epoch is the best"
     names = {"".join(each.itertext()): float(each.get("y", "")) for each in root.iter("text")}
     places = [names[name] for name in ("train", "head", "valid")]
     assert min(np.diff(places)) >= 14 - 0.2, "one name hides another"
-    lowest = drawn(charts.curves(history, "accuracy", best_epoch=1, told="t", head_alone=0.2))
+    lowest = drawn(
+        charts.curves(history, "accuracy", best_epoch=1, description="t", head_alone=0.2)
+    )
     (line,) = (path for path in lowest.iter("path") if path.get("class") == "before")
     height = float(re.findall(r"M\S+ ([\d.]+)H", line.get("d", ""))[0])
     assert height < 250 - 40, "it is inside the picture"
@@ -69,33 +73,37 @@ def test_a_histogram_with_and_without_what_it_is_compared_with() -> None:
             found,
             found,
             names=("tonight", "validation"),
-            told="t",
+            description="t",
             label="confidence",
             limit=0.75,
             limit_name="review under 0.75",
         )
     )
     assert {"tonight", "validation", "review under 0.75"} <= set(texts(both))
-    alone = drawn(charts.histogram(found, None, names=("tonight", "-"), told="t", label="novelty"))
+    alone = drawn(
+        charts.histogram(found, None, names=("tonight", "-"), description="t", label="novelty")
+    )
     assert "-" not in texts(alone)
     drawn(
         charts.histogram(
             found._replace(counts=np.zeros(BINS, int)),
             None,
             names=("a", "b"),
-            told="t",
+            description="t",
             label="x",
         )
     )
 
 
 def test_reliability_of_one_sure_example() -> None:
-    drawn(charts.reliability([{"confidence": 1.0, "accuracy": 1.0, "count": 1}], told="t"))
+    drawn(charts.reliability([{"confidence": 1.0, "accuracy": 1.0, "count": 1}], description="t"))
 
 
 def test_names_are_not_markup() -> None:
     evil = '"><script>alert(1)</script>'
-    root = drawn(charts.stacked([(evil, [1, 0, 2]), ("2 Nov", [0, 0, 0])], CLASSES, told=evil))
+    root = drawn(
+        charts.stacked([(evil, [1, 0, 2]), ("2 Nov", [0, 0, 0])], CLASSES, description=evil)
+    )
     assert root.get("aria-label") == evil
     assert evil in texts(root)
     assert list(root.iter("script")) == []
@@ -104,7 +112,7 @@ def test_names_are_not_markup() -> None:
 @pytest.mark.parametrize("nights", [2, 8, 29])
 def test_the_last_night_stands_out(nights: int) -> None:
     counts = [(f"{i} Nov", [i, 1, 2]) for i in range(nights)]
-    root = drawn(charts.stacked(counts, CLASSES, told="t"))
+    root = drawn(charts.stacked(counts, CLASSES, description="t"))
     assert f"{nights - 1} Nov" in texts(root)
     (frame,) = (each for each in root.iter("rect") if each.get("class") == "frame")
     assert float(frame.get("x", "0")) + float(frame.get("width", "0")) == pytest.approx(396, abs=1)
@@ -135,7 +143,9 @@ def marks(svg: str) -> np.ndarray:
 
 def test_a_map_is_true_to_scale() -> None:
     # At 60 degrees north a degree of longitude is half as long as one of latitude.
-    square = scatter_map(placed([60, 60, 60.05, 60.05], [10, 10.1, 10, 10.1]), CLASSES, told="t")
+    square = scatter_map(
+        placed([60, 60, 60.05, 60.05], [10, 10.1, 10, 10.1]), CLASSES, description="t"
+    )
     assert square is not None
     drawn(square.svg)
     width, height = np.ptp(marks(square.svg), axis=0)
@@ -149,7 +159,7 @@ def test_a_map_is_true_to_scale() -> None:
 
 
 def test_a_field_on_the_180th_meridian_is_one_field() -> None:
-    found = scatter_map(placed([-17] * 3, [179.99, -179.99, 180]), CLASSES, told="t")
+    found = scatter_map(placed([-17] * 3, [179.99, -179.99, 180]), CLASSES, description="t")
     assert found is not None
     assert found.extent.startswith("2.1 km from west")
 
@@ -158,23 +168,23 @@ def test_one_wrong_position_does_not_hide_the_others() -> None:
     rng = np.random.default_rng(0)
     latitude, longitude = 52 + 0.01 * rng.random(60), 11 + 0.01 * rng.random(60)
     latitude[7] = -33.0
-    found = scatter_map(placed(latitude.tolist(), longitude.tolist()), CLASSES, told="t")
+    found = scatter_map(placed(latitude.tolist(), longitude.tolist()), CLASSES, description="t")
     assert found is not None
     assert found.outside == 1
     assert np.ptp(marks(found.svg), axis=0).max() > 200
 
 
 def test_one_position_and_none() -> None:
-    one = scatter_map(placed([52.0], [11.0]), CLASSES, told="t")
+    one = scatter_map(placed([52.0], [11.0]), CLASSES, description="t")
     assert one is not None
     assert len(marks(one.svg)) == 1
-    assert scatter_map(placed([], []), CLASSES, told="t") is None
+    assert scatter_map(placed([], []), CLASSES, description="t") is None
 
 
 def test_ten_thousand_positions_are_a_small_picture() -> None:
     rng = np.random.default_rng(0)
     where = placed((52 + rng.random(10_000)).tolist(), (11 + rng.random(10_000)).tolist())
-    found = scatter_map(where, CLASSES, told="t")
+    found = scatter_map(where, CLASSES, description="t")
     assert found is not None
     assert len(found.svg) < 600_000
 

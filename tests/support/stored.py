@@ -19,7 +19,7 @@ from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import tally
 from leafnet.metrics.thresholds import Outcomes, Review
 from leafnet.models import bundle
-from leafnet.scoring import explain, ledger, reading, report, thumbnails
+from leafnet.scoring import explain, ledger, reading, sheet, thumbnails
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.staging import Counts, publish, staging_root, start_staging
 from leafnet.training.settings import TrainSettings
@@ -118,13 +118,13 @@ def write_night(
     staging.run_id = run_id
     staging.add(rows)
     if explained:
-        shown = report.shown(staging)
+        shown = sheet.shown(staging)
         assert shown is not None, "nothing is for review"
         made = explain.make(shown, left_edge, CLASSES, size=side)
         staging.keep_aside(thumbnails.EXPLAINED, made)
     counts: list[Counts] = []
     publish(staging, str(out), schema=schema, check=counts.append)
-    report.keep_thumbnails(staging, str(out))
+    sheet.keep_thumbnails(staging, str(out))
     logits_of_valid, valid = outcomes(300, seed=99)
     labels = np.arange(300) % len(CLASSES)
     held_out = metrics_scores.scores(tally(logits_of_valid, labels), CLASSES)

@@ -12,7 +12,7 @@ from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
 from leafnet.evaluation import document
 from leafnet.preparation import duplicates, plan
-from leafnet.training import report
+from leafnet.training import pictures, report
 from tests.conftest import write_data_set
 from tests.support import stored
 from tests.support.markup import Parsed, check
@@ -109,7 +109,7 @@ def test_a_data_set_that_is_gone_or_another(run: Path, tmp_path: Path) -> None:
         model.write_text(json.dumps(document))
         report.write(str(run))
         page = written(run)
-        assert "is gone, or is another one by now" in page.text
+        assert "no longer exists, or has changed since" in page.text
         assert page.all("img") == []
 
 
@@ -170,7 +170,7 @@ def test_a_run_that_is_not_finished(run: Path, tmp_path: Path) -> None:
 
 
 def test_samples_are_thumbnails_of_each_class(data_set: ShardIndex) -> None:
-    found = report.samples(data_set)
+    found = pictures.samples(data_set)
     keys = {key for shard in data_set.of_split("train") for key in _keys(data_set, shard)}
     assert [item.label for item in found] == sorted(item.label for item in found)
     assert {item.label for item in found} == set(data_set.class_names)
@@ -199,10 +199,13 @@ def test_what_fine_tuning_gained(tmp_path: Path, data_set: ShardIndex) -> None:
     stored.write_run(run, data_set, fine_tuned=True)
     report.write(str(run))
     page = written(run)
-    gained = "took validation accuracy from 85.4 %, by the head alone, to"
+    gained = "took validation accuracy from 85.4 % (head alone) to"
     assert f"Fine-tuning the last 2 of 4 stages {gained}" in page.text
     assert "in epoch 17 of 20, which is published" in page.text
-    assert "1.3 % was spent waiting for photographs; 12.5 images/s" in page.text
+    assert (
+        "spent 1.3 % of their time waiting for photographs; the mean speed was 12.5 images/s"
+        in page.text
+    )
     assert page.text.count("Dotted: the head alone on validation") == 2
     assert "Learning curves of the head" in page.text
     labels = [str(svg.get("aria-label")) for svg in page.all("svg")]
@@ -222,8 +225,8 @@ def test_fine_tuning_that_gained_nothing(tmp_path: Path, data_set: ShardIndex) -
     (run / "run.json").write_text(json.dumps(facts))
     report.write(str(run))
     page = written(run)
-    assert "Nothing was gained by fine-tuning the last 2 of 4 stages for 20 epochs" in page.text
-    assert "that of the head alone is 0.11. The head alone was kept" in page.text
+    assert "Fine-tuning the last 2 of 4 stages for 20 epochs gained nothing" in page.text
+    assert "that of the head alone is 0.11. The head alone is published" in page.text
     assert page.text.count("No epoch was better than the head alone.") == 2
 
 
@@ -236,7 +239,7 @@ def test_a_peak_is_cut_off_and_told(tmp_path: Path, data_set: ShardIndex) -> Non
     fields[head.split(",").index("valid_loss")] = "987.0"
     (run / "history.csv").write_text("\n".join([head, rows[0], ",".join(fields), *rows[2:]]))
     report.write(str(run))
-    assert "it is cut off: the most was 987." in written(run).text
+    assert "are cut off; the largest was 987." in written(run).text
 
 
 def test_no_confidence_is_too_low(tmp_path: Path, data_set: ShardIndex) -> None:
@@ -249,7 +252,7 @@ def test_no_confidence_is_too_low(tmp_path: Path, data_set: ShardIndex) -> None:
     path.write_text(json.dumps(model))
     report.write(str(run))
     text = written(run).text
-    assert "No photograph is for review for its confidence" in text
+    assert "No photograph is for review because of its confidence" in text
     assert "confidence under" not in text
 
 
@@ -263,5 +266,7 @@ def test_fine_tuning_without_a_validation_split(tmp_path: Path, data_set: ShardI
     (run / "run.json").write_text(json.dumps(facts))
     report.write(str(run))
     page = written(run)
-    assert "Of fine-tuning all 4 stages and the stem for 1 epoch, epoch 1 is published" in page.text
+    assert (
+        "Fine-tuning all 4 stages and the stem took 1 epoch, and epoch 1 is published" in page.text
+    )
     assert "Dotted" not in page.text
