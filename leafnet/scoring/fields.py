@@ -239,6 +239,7 @@ def table(
         "corrected": bias is not None,
         "classes": [classes[place] for place in shown],
         "left_out": len(classes) - len(shown),
+        "changed": [n for n, row in told.items() if any(c["change"] for c in row["cells"])],
         "rows": list(told.values()),
         **_map(tonight, told, [classes[place] for place in shown], marks),
     }

@@ -86,10 +86,12 @@ def test_the_page_has_a_table_by_field(tmp_path: Path) -> None:
     night(tmp_path, "2026-11-24", {"7": 0.7, "12": 0.5}, placed=True)
     shown = page(tmp_path, "2026-11-24")
     assert "2 fields" in shown.text
+    assert "Changed: 7." in shown.text.replace(" .", ".")
     assert "more than last night" in shown.text
     assert "Each mark is a field" in shown.text
     without = page(tmp_path, "2026-11-23")
-    assert "last night" not in without.text.split("Last night is")[0]
+    assert "No field changed" in without.text
+    assert "than last night" not in without.text
 
 
 def test_a_night_unlike_validation_is_counted_and_not_judged(tmp_path: Path) -> None:
