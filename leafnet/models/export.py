@@ -2,10 +2,11 @@
 
 Whatever the format, `image`, uint8 RGB [N, S, S, 3] with values 0..255, goes in, and
 `probabilities`, float32 [N, C], comes out: scaling and softmax are inside, decoding and resizing
-are not (`images.decode` says how the model was trained to see). It computes in float32.
+are not: `recipes` has a line for each usual decoder, measured. It computes in float32.
 """
 
 import importlib.util
+import itertools
 import json
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from leafnet.data import shards, synthetic
 from leafnet.data.images import decode
 from leafnet.data.shards import SPLITS
 from leafnet.metrics.scores import softmax
-from leafnet.models import bundle, classifier, onnx, openvino
+from leafnet.models import bundle, classifier, onnx, openvino, recipes
 from leafnet.models.bundle import Bundle
 from leafnet.models.classifier import head_logits
 from leafnet.models.settings import ExportSettings
@@ -37,6 +38,7 @@ _NEEDS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino",), "litert": 
 _EXTRA = {"onnx": "export", "openvino": "openvino", "litert": "export"}
 _SIDECAR = "leafnet.json"
 _BATCH = 32
+_DECODED = 50  # photographs that each usual decoder is tried on
 
 
 def run(settings: ExportSettings) -> None:
@@ -56,12 +58,22 @@ def run(settings: ExportSettings) -> None:
         terminal.keeps("nothing of the export is kept")
         made = Path(folder) / Path(out).name
         write(model, form, made)
-        parity = compare(model, opened(form, made), photographs)
+        runtime, size = opened(form, made), model.image_size
+        kept: list[bytes] = []
+        parity = compare(model, runtime, _stacks(_decoded(photographs, size, kept)))
         say(
             f"parity    {parity['equal_labels']:,} of {parity['photographs']:,} photographs "
             f"({source}) have the same label; probabilities differ by at most "
             f"{parity['max_difference']:.2g}"
         )
+        decoders = recipes.measure(runtime, kept, size=size)
+        for name, told in decoders.items():
+            if told["photographs"]:
+                say(
+                    f"          decoded by {name}: {told['equal_labels']:,} of "
+                    f"{told['photographs']:,} the same label, pixels {told['mean_levels']:.2f} "
+                    "levels off"
+                )
         changed = 100 * (1 - parity["equal_labels"] / parity["photographs"])
         if changed > settings.max_changed:
             raise UserError(
@@ -72,11 +84,12 @@ def run(settings: ExportSettings) -> None:
             )
         beside = storage.join(out, _SIDECAR) if made.is_dir() else f"{out}.json"
         # First, as the mark of a folder that is leafnet's to overwrite.
-        storage.write_json(beside, _description(model, form, parity | {"of": source}))
+        told_of = _description(model, form, parity | {"of": source}, decoders)
+        storage.write_json(beside, told_of)
         _publish(made, out)
         say(f"exported  {out}")
         terminal.result(exported=out, parity=parity)
-        say(f"also in   {beside}: classes in order, input and the parity")
+        say(f"also in   {beside}: classes in order, how to feed it, and the parity")
     shutil.rmtree(log.parent)
 
 
@@ -208,11 +221,10 @@ def compare(model: Bundle, run: Run, photographs: Iterator[Pixels]) -> dict[str,
     }
 
 
-def _photographs(model: Bundle, root: str | None, count: int) -> tuple[Iterator[Pixels], str]:
-    """Stacks of `count` photographs, and what they are."""
-    size = model.image_size
+def _photographs(model: Bundle, root: str | None, count: int) -> tuple[Iterator[bytes], str]:
+    """`count` encoded photographs, and what they are."""
     if root is None:
-        return _stacks(_drawn(size, count)), "drawn leaves"
+        return map(recipes.jpeg, _drawn(3 * model.image_size, count)), "drawn leaves"
     index = shards.read_index(root)
     shards.check_sizes(index)
     split = next((split for split in reversed(SPLITS) if index.examples(split)), None)
@@ -224,14 +236,21 @@ def _photographs(model: Bundle, root: str | None, count: int) -> tuple[Iterator[
         for table in shards.row_groups(index.root, shard)
         for image in table["image"].to_pylist()
     )
-    chosen = (image for image, _ in zip(encoded, range(count), strict=False))
-    return _stacks(decode(image, size).pixels for image in chosen), f"{split} of {index.root}"
+    return itertools.islice(encoded, count), f"{split} of {index.root}"
+
+
+def _decoded(photographs: Iterator[bytes], size: int, kept: list[bytes]) -> Iterator[Pixels]:
+    """The pixels of each, and the first `_DECODED` files to `kept`."""
+    for image in photographs:
+        if len(kept) < _DECODED:
+            kept.append(image)
+        yield decode(image, size).pixels
 
 
 def _drawn(size: int, count: int) -> Iterator[Pixels]:
     for seed in range(count):
         label = synthetic.CLASS_NAMES[seed % len(synthetic.CLASS_NAMES)]
-        yield synthetic.draw_leaf(label, seed=seed, width=size, height=size)
+        yield synthetic.draw_leaf(label, seed=seed, width=size, height=size * 3 // 4)
 
 
 def _stacks(photographs: Iterator[Pixels]) -> Iterator[Pixels]:
@@ -268,7 +287,9 @@ def _opened_first(path: Path) -> bool:
     return path.name == "saved_model.pb"
 
 
-def _description(model: Bundle, form: str, parity: dict[str, Any]) -> dict[str, Any]:
+def _description(
+    model: Bundle, form: str, parity: dict[str, Any], decoders: dict[str, Any]
+) -> dict[str, Any]:
     size = model.image_size
     return {
         "format": form,
@@ -278,13 +299,15 @@ def _description(model: Bundle, form: str, parity: dict[str, Any]) -> dict[str, 
             "name": "image",
             "dtype": "uint8",
             "shape": ["N", size, size, 3],
-            "values": "RGB, 0..255, upright, resized to a square with antialiasing",
+            "values": "RGB, 0..255, upright, stretched to a square with antialiasing",
+            "decoders": decoders,
         },
         "output": {
             "name": "probabilities",
             "dtype": "float32",
             "shape": ["N", len(model.class_names)],
         },
+        "runtime": recipes.RUNTIMES[form],
         "decoder_version": model.description["decoder_version"],
         "parity": parity,
         "versions": bundle.versions(),
