@@ -49,8 +49,8 @@ _PLACE_S = 60.0  # Ray Train waits so long for room
 
 
 @dataclass(frozen=True)
-class Survival:
-    """What is done about failures."""
+class RestartPolicy:
+    """When workers that failed are started again, and from what."""
 
     max_failures: int = 3  # in a row, without a new checkpoint in between
     hang_timeout_s: float = 300.0
@@ -68,7 +68,7 @@ def run(
     storage_path: str,
     on_event: Callable[[tuple[str, Any]], None],
     on_restart: Callable[[], None] = lambda: None,
-    survival: Survival | None = None,
+    policy: RestartPolicy | None = None,
 ) -> list[Restart]:
     """Let worker processes run `loop` together until it is done, from the newest whole checkpoint.
 
@@ -85,7 +85,7 @@ def run(
         storage_path: folder or URL of the run.
         on_event: called in the driver with each event that a worker posts.
         on_restart: called before the workers start again: what they posted counts no more.
-        survival: what is done about failures.
+        policy: when workers that failed are started again.
 
     Returns:
         Why and how the group was started again, with what earlier starts of the job left.
@@ -104,7 +104,7 @@ def run(
         gpu=gpu,
         storage_path=storage_path,
         on_event=on_event,
-        survival=survival or Survival(),
+        policy=policy or RestartPolicy(),
     )
     try:
         group.until_done(on_restart)
@@ -128,12 +128,12 @@ class _Group:
         gpu: bool,
         storage_path: str,
         on_event: Callable[[tuple[str, Any]], None],
-        survival: Survival,
+        policy: RestartPolicy,
     ) -> None:
         self._loop, self._job, self._name = loop, job, name
         self._workers, self._cpus, self._gpu = workers, cpus, gpu
         self._storage_path, self._folder = storage_path, storage.join(storage_path, name)
-        self._on_event, self._survival = on_event, survival
+        self._on_event, self._policy = on_event, policy
         self._desk = Desk()
         self._attempt = 0
         self._count = 0
@@ -155,7 +155,7 @@ class _Group:
                 # Only failures without progress count: a night on machines that come and go has
                 # many of them.
                 failures = (0 if found != before else failures) + (not planned)
-                if failures > self._survival.max_failures:
+                if failures > self._policy.max_failures:
                     self._give_up(ended, failures)
                 wait = 0.0 if planned else min(LONGEST_WAIT_S, 2.0 ** (failures - 1))
                 self._note(reason_of(ended), found, counted=not planned, wait=wait)
@@ -226,7 +226,7 @@ class _Group:
                 tell_ray_train(self._folder, found)
                 if found:
                     names = checkpoint.names(self._folder)
-                    for old in names[names.index(found) + self._survival.keep :]:
+                    for old in names[names.index(found) + self._policy.keep :]:
                         checkpoint.delete(storage.join(self._folder, old))
                 return found
             except UserError as error:
@@ -293,7 +293,7 @@ class _Group:
                                 max_preemption_failures=0,
                             ),
                             checkpoint_config=ray.train.CheckpointConfig(
-                                num_to_keep=self._survival.keep
+                                num_to_keep=self._policy.keep
                             ),
                         ),
                     )
@@ -360,7 +360,7 @@ class _Group:
                 more_room = more_room + 1 if more else 0
                 if more_room > 1:
                     self._ask(end, f"there is room for {self._count + more} workers")
-            for one in heartbeat.stuck(seen, hang_timeout_s=self._survival.hang_timeout_s):
+            for one in heartbeat.stuck(seen, hang_timeout_s=self._policy.hang_timeout_s):
                 if one.sign.rank not in [killed.sign.rank for killed in end.killed]:
                     self._end_hard(one, end, abort)
             # What is the matter with one worker only, others may wait for it.
@@ -368,7 +368,7 @@ class _Group:
             if raised_at and now - raised_at > _LEAVE_S:
                 abort()
             # Ray Train gives up on room by itself; then workers have to show themselves.
-            limit = _PLACE_S + max(self._survival.hang_timeout_s, 5 * _PLACE_S)
+            limit = _PLACE_S + max(self._policy.hang_timeout_s, 5 * _PLACE_S)
             if not end.signs and now - began > limit:
                 say(f"watchdog  no worker has started within {duration(now - began)}")
                 abort()

@@ -10,7 +10,8 @@ from leafnet.distributed.resources import Machines, Node
 from leafnet.evaluation.predict import choose_precision
 from leafnet.features import cache as features_cache
 from leafnet.models.weights import Weights
-from leafnet.training.finetune.fit import check_batch
+from leafnet.training.finetune import fit as finetune_fit
+from leafnet.training.head import fit as head_fit
 from leafnet.training.loop import Steps
 from leafnet.training.settings import TrainSettings, describe_stages
 
@@ -81,6 +82,11 @@ class Resources:
         return self.machines.gpus > 0
 
     @property
+    def fewest_workers(self) -> int:
+        """Of a range the fewest."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
     def most_workers(self) -> int:
         """Of a range the most."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
@@ -115,9 +121,10 @@ def allocate(plan: Plan, nodes: list[Node]) -> Resources:
         why,
         resources.batch_size(settings.batch_size, gpus=machines.gpus),
     )
+    head_fit.check_batch(plan.head_steps.batch, workers=chosen.fewest_workers)
     if settings.fine_tune.blocks:
         examples = plan.index.examples("train")
-        check_batch(settings.fine_tune, examples=examples, workers=chosen.most_workers)
+        finetune_fit.check_batch(settings.fine_tune, examples=examples, workers=chosen.most_workers)
     return chosen
 
 

@@ -14,7 +14,7 @@ from leafnet.core.lock import Lock
 from leafnet.core.settings import to_yaml
 from leafnet.core.terminal import say
 from leafnet.distributed import session
-from leafnet.distributed.group import Survival
+from leafnet.distributed.group import RestartPolicy
 from leafnet.models.weights import Weights
 from leafnet.training import mlflow, tensorboard
 from leafnet.training.plan import Plan, Resources, allocate, say_data, say_work
@@ -61,7 +61,7 @@ class Run:
             resources.cpus_per_worker,
             resources.gpu,
             self.url,
-            Survival(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep),
+            RestartPolicy(settings.max_failures, settings.hang_timeout, settings.checkpoint.keep),
         )
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from leafnet.distributed import group, worker
 from leafnet.distributed.failures import Restart
-from leafnet.distributed.group import Survival
+from leafnet.distributed.group import RestartPolicy
 from leafnet.distributed.worker import Loop
 from leafnet.training.loop import Saving, State
 
@@ -19,7 +19,7 @@ class Placement:
     cpus_per_worker: float  # that Ray sets aside for each; also its threads
     gpu: bool  # a GPU for each
     storage_path: str  # folder or URL of the run
-    survival: Survival | None = None  # what is done about failures; none: the usual
+    policy: RestartPolicy | None = None  # when they are started again; none: the defaults
 
 
 class Job(Protocol):
@@ -89,7 +89,7 @@ def run(
         storage_path=placement.storage_path,
         on_event=receive,
         on_restart=restart,
-        survival=placement.survival,
+        policy=placement.policy,
     )
     return results[-1], restarts
 

@@ -24,7 +24,7 @@ from leafnet.distributed.failures import (
     read_restarts,
     reason_of,
 )
-from leafnet.distributed.group import Survival, _Group, each_once
+from leafnet.distributed.group import RestartPolicy, _Group, each_once
 from leafnet.distributed.heartbeat import Seen, Sign, Stuck
 
 
@@ -151,7 +151,7 @@ class Group(_Group):
         self.waited: list[float] = []
         monkeypatch.setattr(distributed_group, "Desk", lambda: None)
         monkeypatch.setattr(time, "sleep", self.waited.append)
-        settings: dict[str, Any] = {"workers": (2, 2), "survival": Survival(), **more}
+        settings: dict[str, Any] = {"workers": (2, 2), "policy": RestartPolicy(), **more}
         super().__init__(
             lambda *args: None,
             None,
@@ -185,7 +185,7 @@ def failed(why: str = "broken") -> End:
 def test_a_group_that_fails_is_started_again_after_longer_and_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = Group(tmp_path, monkeypatch, survival=Survival(max_failures=8))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(max_failures=8))
     group.ends = [failed() for _ in range(8)]
     cleared: list[bool] = []
     group.until_done(lambda: cleared.append(True))
@@ -211,7 +211,7 @@ def test_a_group_that_fails_too_often_is_given_up(
 def test_what_a_person_can_mend_is_raised_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = Group(tmp_path, monkeypatch, survival=Survival(max_failures=0))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(max_failures=0))
     group.ends = [End(error=ValueError("x"), raised=[UserError("no-keys", "no keys")])]
     with pytest.raises(UserError, match="no keys"):
         group.until_done(lambda: None)
@@ -220,7 +220,7 @@ def test_what_a_person_can_mend_is_raised_as_it_is(
 def test_failures_count_from_the_last_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = Group(tmp_path, monkeypatch, survival=Survival(max_failures=2))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(max_failures=2))
     group.ends = [failed() for _ in range(5)]
     group.saved = {2: 10, 4: 20}
     group.until_done(lambda: None)
@@ -234,7 +234,7 @@ def test_a_group_that_was_asked_to_leave_starts_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also more often than failures are borne; the same reason twice in a row is kept once."""
-    group = Group(tmp_path, monkeypatch, survival=Survival(max_failures=0))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(max_failures=0))
     group.ends = [End(asked=why, left=True) for why in ("room", "room", "away")]
     group.until_done(lambda: None)
     assert group.waited == [0, 0, 0]
@@ -244,7 +244,7 @@ def test_a_group_that_was_asked_to_leave_starts_again_at_once(
 def test_a_port_taken_five_times_is_no_failure_the_sixth_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = Group(tmp_path, monkeypatch, survival=Survival(max_failures=0))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(max_failures=0))
     error = FailedWorkers({0: RuntimeError("Address already in use")})
     group.ends = [End(error=error) for _ in range(6)]
     with pytest.raises(RuntimeError, match="failed 1 times"):
@@ -257,7 +257,7 @@ def test_so_many_checkpoints_are_kept_from_the_newest_whole_one_on(
     keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one of step 50 is damaged, and is none of them."""
-    group = Group(tmp_path, monkeypatch, survival=Survival(keep=keep))
+    group = Group(tmp_path, monkeypatch, policy=RestartPolicy(keep=keep))
     folder = tmp_path / "head"
     names = [save(folder, step) for step in (50, 40, 30, 20, 10)]
     (folder / names[0] / "arrays.npz").write_bytes(b"")
@@ -268,7 +268,7 @@ def test_so_many_checkpoints_are_kept_from_the_newest_whole_one_on(
 
 
 def test_two_checkpoints_are_kept_by_default() -> None:
-    assert Survival().keep == 2
+    assert RestartPolicy().keep == 2
 
 
 def test_checkpoints_that_are_gone_are_no_beginning(

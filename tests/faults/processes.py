@@ -266,7 +266,7 @@ def _drive(folder: Path) -> None:
     from leafnet.core import interrupts, terminal
     from leafnet.core.settings import RaySettings
     from leafnet.distributed import session
-    from leafnet.distributed.group import Survival
+    from leafnet.distributed.group import RestartPolicy
     from leafnet.training.head import worker as head_worker
     from leafnet.training.worker import Placement
 
@@ -293,7 +293,7 @@ def _drive(folder: Path) -> None:
                 spec["cpus"],
                 False,
                 spec["storage"],
-                Survival(spec["max_failures"], spec["hang_timeout"]),
+                RestartPolicy(spec["max_failures"], spec["hang_timeout"]),
             ),
             on_epoch=lambda row: terminal.say(f"epoch {row['epoch']:.0f}"),
         )

@@ -212,9 +212,10 @@ def test_of_a_range_of_workers_the_plan_is_for_the_most(
 def test_a_batch_that_workers_cannot_share_is_refused_before_it_is_tried(
     cluster_of_two: None, data_set: ShardIndex, weights: Weights, tmp_path: Path
 ) -> None:
-    chosen = settings(data_set, tmp_path, fine_tune={"blocks": 1, "batch_size": 1})
-    with pytest.raises(UserError, match="cannot be shared out among 2 workers"):
-        dry_run.run(plan.Plan(chosen, data_set, weights))
+    for more in ({"fine_tune": {"blocks": 1, "batch_size": 1}}, {"head": {"batch_size": 1}}):
+        chosen = settings(data_set, tmp_path, **more)
+        with pytest.raises(UserError, match="cannot be shared out among 2 workers"):
+            dry_run.run(plan.Plan(chosen, data_set, weights))
 
 
 def test_a_share_that_is_tried_is_even_for_pairs(

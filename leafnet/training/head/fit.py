@@ -107,12 +107,7 @@ def fit_head(
     """
     hooks = hooks or Hooks()
     steps = Steps.of(data.labels.size, settings.batch_size, settings.epochs)
-    if steps.batch < place.workers:
-        raise UserError(
-            "batch-too-small",
-            f"a global batch of {steps.batch} cannot be shared out among {place.workers} workers; "
-            "raise --head.batch_size or lower --workers",
-        )
+    check_batch(steps.batch, workers=place.workers)
     hooks.doing("building the head, which waits for the other workers")
     learner = _Learner(
         state.head
@@ -147,6 +142,20 @@ def fit_head(
         saving=saving,
         hooks=hooks,
     )
+
+
+def check_batch(batch: int, *, workers: int) -> None:
+    """Refuse a global batch that leaves a worker without an example.
+
+    Raises:
+        UserError: there are more workers than examples in it.
+    """
+    if batch < workers:
+        raise UserError(
+            "batch-too-small",
+            f"a global batch of {batch} cannot be shared out among {workers} workers; "
+            "raise --head.batch_size or lower --workers",
+        )
 
 
 class _Learner:

@@ -63,15 +63,6 @@ def run_trials(
     processes = min(len(fits), max(1, total), _MAX_PROCESSES)
     # A whole number of threads, unless the cluster has less than one CPU.
     cpus = max(1, total // processes) if total else max(node.cpus for node in nodes)
-    scheduler = None
-    if stop_early:
-        epochs = job.head.epochs
-        scheduler = ray.tune.schedulers.ASHAScheduler(
-            time_attr="epoch",
-            grace_period=max(1, round(epochs * _RUNGS[0])),
-            max_t=epochs + 1,
-            reduction_factor=round(_RUNGS[1] / _RUNGS[0]),
-        )
     # Tune's own answer to Ctrl-C ends the search as if it were done, and it is kept after that: the
     # best trial so far was published, and a later Ctrl-C was lost.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -98,7 +89,7 @@ def run_trials(
             tune_config=ray.tune.TuneConfig(
                 metric="valid_loss",
                 mode="min",
-                scheduler=scheduler,
+                scheduler=_stops_early(job.head.epochs) if stop_early else None,
                 max_concurrent_trials=processes,
                 reuse_actors=True,
             ),
@@ -119,6 +110,15 @@ def run_trials(
         raise errors[0]
     if results.errors:
         raise results.errors[0]
+
+
+def _stops_early(epochs: int) -> ray.tune.schedulers.ASHAScheduler:
+    return ray.tune.schedulers.ASHAScheduler(
+        time_attr="epoch",
+        grace_period=max(1, round(epochs * _RUNGS[0])),
+        max_t=epochs + 1,
+        reduction_factor=round(_RUNGS[1] / _RUNGS[0]),
+    )
 
 
 def _fit(

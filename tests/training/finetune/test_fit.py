@@ -19,7 +19,7 @@ from leafnet.data import shards
 from leafnet.data.images import decode
 from leafnet.data.shards import ShardIndex
 from leafnet.distributed import checkpoint
-from leafnet.distributed.group import Survival
+from leafnet.distributed.group import RestartPolicy
 from leafnet.distributed.worker import Hooks, Leaving, Place
 from leafnet.metrics import scores as metrics_scores
 from leafnet.metrics.scores import tally
@@ -1129,7 +1129,7 @@ def run_job(job: worker.TuneJob, workers: int, folder: Path) -> tuple[worker.Tun
     images: list[int] = []
     tuned, restarts = worker.fine_tune(
         job,
-        Placement(workers, 0.75, False, str(folder), Survival(keep=9)),
+        Placement(workers, 0.75, False, str(folder), RestartPolicy(keep=9)),
         on_epoch=rows.append,
         on_images=images.append,
     )

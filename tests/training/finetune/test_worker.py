@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from leafnet.distributed import group
-from leafnet.distributed.group import Survival
+from leafnet.distributed.group import RestartPolicy
 from leafnet.models.weights import Weights, fingerprint
 from leafnet.training.finetune import worker
 from leafnet.training.worker import Placement
@@ -38,7 +38,7 @@ def test_the_driver_hears_each_image_and_epoch_once_also_after_a_restart(
     images: list[int] = []
     found: Any = worker.fine_tune(
         SimpleNamespace(),  # type: ignore[arg-type]
-        Placement(3, 2.0, True, "s3://runs/one", Survival()),
+        Placement(3, 2.0, True, "s3://runs/one", RestartPolicy()),
         on_epoch=rows.append,
         on_images=images.append,
     )

@@ -267,10 +267,10 @@ def test_the_driver_adds_up_what_the_last_group_counted(
         return [restart]
 
     monkeypatch.setattr(group, "run", run)
-    survival = group.Survival(keep=5)
+    policy = group.RestartPolicy(keep=5)
     result = head_worker.fit_head(
         job,
-        Placement((2, 40), 1.5, True, "runs/a", survival),
+        Placement((2, 40), 1.5, True, "runs/a", policy),
         on_epoch=told.append,
     )
     assert result is last
@@ -280,7 +280,7 @@ def test_the_driver_adds_up_what_the_last_group_counted(
     assert given["workers"] == (2, 16)  # a row of the batch of 16 each, at the least
     assert (given["loop"], given["job"]) == (head_worker.fit_and_evaluate, job)
     assert (given["name"], given["storage_path"]) == ("head", "runs/a")
-    assert (given["cpus_per_worker"], given["gpu"], given["survival"]) == (1.5, True, survival)
+    assert (given["cpus_per_worker"], given["gpu"], given["policy"]) == (1.5, True, policy)
 
 
 def test_a_job_takes_the_views_of_the_cache(
