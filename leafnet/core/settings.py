@@ -114,7 +114,7 @@ LockTimeout = Annotated[
     float,
     Field(
         ge=1,
-        description="take over from a job on another machine that has shown no sign of life for "
+        description="take over from a job on another machine that shows no sign of life for "
         "this long [s]",
     ),
 ]

@@ -157,7 +157,7 @@ def arrow_filesystem(url: str) -> tuple["pyarrow.fs.FileSystem", str]:
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
+def told(url: str) -> Iterator[None]:
     """Turn what is wrong with the store of `url`, and not with one file, into a UserError.
 
     FileNotFoundError and its kind pass.
@@ -201,14 +201,14 @@ def _explain(error: Exception, url: str) -> UserError | None:
 def exists(url: str) -> bool:
     """True when a file or folder is at `url`."""
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         return bool(fs.exists(path))
 
 
 def is_folder(url: str) -> bool:
     """True when `url` is a folder, or a prefix with something below it."""
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         return bool(fs.isdir(path))
 
 
@@ -217,7 +217,7 @@ def is_file(url: str) -> bool:
     fs, path = filesystem(url)
     try:
         # Not `isfile`, to which every error is a no: the next question would wait as long again.
-        with _told(url):
+        with told(url):
             return bool(fs.info(path)["type"] == "file")
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -231,7 +231,7 @@ def read_bytes(url: str, *, start: int | None = None, stop: int | None = None) -
         UserError: the store cannot be reached, or refuses.
     """
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         return bytes(fs.cat_file(path, start=start, end=stop))
 
 
@@ -248,7 +248,7 @@ def open_file(url: str, *, stream: bool = False) -> Iterator[IO[bytes]]:
     """
     fs, path = filesystem(url)
     cache = "readahead" if stream else "none"
-    with _told(url), fs.open(path, "rb", block_size=_AHEAD, cache_type=cache) as file:
+    with told(url), fs.open(path, "rb", block_size=_AHEAD, cache_type=cache) as file:
         yield file
 
 
@@ -269,7 +269,7 @@ def read_json(url: str) -> Any:
 def write_bytes(url: str, data: bytes) -> None:
     """Write `data` to `url`, replacing what is there, in one step as readers see it."""
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         if isinstance(fs, LocalFileSystem):
             local.write(path, data)
         else:
@@ -283,7 +283,7 @@ def create_bytes(url: str, data: bytes) -> bool:
     have to know `If-None-Match: *` for that, as S3 does; `try_rights` finds out.
     """
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         if isinstance(fs, LocalFileSystem):
             return local.create(path, data)
         if _created(lambda: fs.pipe_file(path, data, mode="create")):
@@ -313,7 +313,7 @@ def move_in(source: str | Path, url: str) -> bool:
     A local `url` has to be on the disk of `source`, which is gone afterwards.
     """
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         if isinstance(fs, LocalFileSystem):
             return local.move_in(str(source), path)
         if not _created(lambda: fs.put_file(str(source), path, mode="create")):
@@ -337,7 +337,7 @@ def list_files(url: str) -> list[File]:
     Hidden files and folders (`.name`) and what is being written (`*.tmp`) are left out.
     """
     fs, path = filesystem(url)
-    with _told(url):
+    with told(url):
         url, found = absolute(url), fs.find(path, detail=True)
     below = len(path.rstrip("/")) + 1
     # URLs keep the spelling that was asked for; `unstrip_protocol` of some filesystems changes it.
@@ -375,7 +375,7 @@ def list_names(url: str) -> list[str]:
     """Names of the files and folders directly in `url`, sorted; empty when there is none."""
     fs, path = filesystem(url)
     try:
-        with _told(url):
+        with told(url):
             found = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -385,7 +385,7 @@ def list_names(url: str) -> list[str]:
 def delete(url: str) -> None:
     """Delete the file at `url`, if there is one; of a symbolic link the link."""
     fs, path = filesystem(url)
-    with _told(url), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    with told(url), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if isinstance(fs, LocalFileSystem):
             os.unlink(path)
         else:
@@ -420,7 +420,7 @@ def delete_folder(url: str, *, mark: str) -> None:
         )
     below = filesystem(mark)[1]
     last = posixpath.basename(below) if posixpath.dirname(below) == path else None
-    with _told(url):
+    with told(url):
         if isinstance(fs, LocalFileSystem):
             local.delete_folder(path, last=last)
             return
@@ -476,7 +476,7 @@ def local_copy(url: str) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="leafnet-"))
     try:
         copy = folder / posixpath.basename(path)
-        with _told(url):
+        with told(url):
             fs.get_file(path, str(copy))
         yield str(copy)
     finally:

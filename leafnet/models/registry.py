@@ -199,7 +199,8 @@ def decide(
             f"another job decided something in {registry} meanwhile; run the same command again",
             exit_code=EXIT_IN_USE,
         )
-    if action in _CHANGES:
+    # A job that was suspended since may have lost the registry: the newest decision counts.
+    if action in _CHANGES and _history(registry)[-1] == _decision_url(registry, number):
         _write_alias(registry, decision)
     return decision
 

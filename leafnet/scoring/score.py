@@ -141,7 +141,7 @@ def _night(settings: ScoreSettings, model: Bundle, held: Lock) -> Summary | None
             found.delete()
         say(f"nothing new: {out} is as it was")
         return summary
-    staging = start_staging(root, date=date, found=found)
+    staging = start_staging(root, date=date, number=held.number, found=found)
     terminal.keeps(f"what is scored is kept in {staging.root}")
     # Beside the summary, and there also when the night fails.
     with terminal.log_to(storage.join(out, ledger.RUNS), f"{staging.run_id}.log") as log:
@@ -466,8 +466,9 @@ def _publish(
         "audited_accuracy": audits.newest_accuracy(settings.out),
     }
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
-    staging.delete()
     report = pages.place_of(lambda: write(settings.out, staging.date))
+    # Last: until then, the next start does what is missing.
+    staging.delete()
     _say_summary(summary, settings.out, report)
     told = ("run_id", "published", "status", "labels", "reasons", "listed", "already_done")
     terminal.result(**{name: summary[name] for name in told}, report=report)
@@ -483,14 +484,16 @@ def _validated(model: Bundle, *, int8: bool) -> Summary:
 
 def _finish(staging: Staging, out: str) -> Summary:
     """What is left to do for a night that was killed just after it was published."""
-    summary = staging.read_summary()
-    keep_thumbnails(staging, out)
-    units.keep(out, summary)
     url = _summary_url(out, staging.run_id)
-    if not storage.exists(url):
+    try:
+        summary: Summary = storage.read_json(url)
+    except FileNotFoundError:
+        summary = staging.read_summary()
+        keep_thumbnails(staging, out)
+        units.keep(out, summary)
         storage.write_json(url, summary)
-    staging.delete()
     report = pages.place_of(lambda: write(out, staging.date))
+    staging.delete()
     say(f"report    {report}")
     return summary
 

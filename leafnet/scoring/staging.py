@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from leafnet.core import storage
+from leafnet.core.documents import Date, Document, FileName
 from leafnet.core.errors import EXIT_IN_USE, UserError
 from leafnet.scoring import ledger
 from leafnet.scoring.ledger import KEYS, Bools, Difference, keys
 
 STAGING = "_staging"
 RUN = "run.json"
-_PART = re.compile(r"part-(\d{6})")
+_PART = re.compile(r"part-(?:\d{8}-)?\d{6}")
 _ROW_GROUP = 65_536
 # Few values in many rows; of the others nearly each value is another, and a dictionary only costs.
 _DICTIONARY = ["status", "label", "reason", "model_id", "run_id"]
@@ -45,12 +47,13 @@ class Staging:
     run_id: str
     started_at: str
     date: str
+    number: int  # of the lock: what a job writes that has lost it has other names
     next_part: int = 0
     kept: list[str] = field(default_factory=list)  # parts, in order
 
     def add(self, rows: pa.Table) -> None:
         """Keep finished rows."""
-        name = f"part-{self.next_part:06d}"
+        name = f"part-{self.number:08d}-{self.next_part:06d}"
         self.keep_aside(name, rows)
         self.kept.append(name)
         self.next_part += 1
@@ -75,11 +78,18 @@ class Staging:
         return summary
 
     def delete(self) -> None:
-        """Forget it all: it is published."""
+        """Forget it all: it is published, and so is all that tells of it."""
         storage.delete_folder(self.root, mark=storage.join(self.root, RUN))
         if storage.is_local(self.root):
             with contextlib.suppress(OSError):  # another run's staging is beside it
                 Path(storage.absolute(self.root)).parent.rmdir()
+
+
+class _Run(Document):
+    run_id: FileName
+    started_at: str
+    date: Date
+    number: int = 0
 
 
 def staging_root(out: str, *, model_id: str, images: str) -> str:
@@ -90,35 +100,49 @@ def staging_root(out: str, *, model_id: str, images: str) -> str:
 
 def find_staging(root: str) -> Staging | None:
     """What an interrupted run left at `root`, or None."""
+    url = storage.join(root, RUN)
     try:
-        document = storage.read_json(storage.join(root, RUN))
+        run = _Run.model_validate_json(storage.read_bytes(url))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValidationError as error:
+        told = error.errors(include_url=False)[0]["msg"]
+        raise UserError(
+            "bad-staging",
+            f"{url} is damaged ({told}): the rows beside it cannot be told from those of other "
+            f"nights; delete {root}, and they are scored again",
+        ) from None
     names = [name for name in storage.list_names(root) if _PART.fullmatch(name)]
-    last = int(_PART.fullmatch(names[-1])[1]) if names else -1  # type: ignore[index]
-    return Staging(
-        root=root,
-        run_id=document["run_id"],
-        started_at=document["started_at"],
-        date=document["date"],
-        next_part=last + 1,
-        kept=names,
-    )
+    return Staging(root, run.run_id, run.started_at, run.date, run.number, kept=names)
 
 
-def start_staging(root: str, *, date: str, found: Staging | None) -> Staging:
-    """The staging of a new run, or `found` for the night `date`."""
+def start_staging(root: str, *, date: str, number: int, found: Staging | None) -> Staging:
+    """The staging of a new run, or `found` for the night `date`.
+
+    Args:
+        root: of `staging_root`.
+        date: of the night.
+        number: of the lock that the job holds.
+        found: at `root`, by `find_staging`.
+    """
     now = datetime.now(UTC)
+    if found is None:
+        for name in storage.list_names(root):
+            if _PART.fullmatch(name):  # of a job that wrote on after it had lost the lock
+                storage.delete(storage.join(root, name))
     staging = found or Staging(
         root=root,
-        run_id=f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
+        run_id=f"{now:%Y%m%dT%H%M%SZ}-{number:06d}-{uuid.uuid4().hex[:6]}",
         started_at=now.isoformat(timespec="seconds"),
         date=date,
+        number=number,
     )
-    staging.date = date
+    staging.date, staging.number, staging.next_part = date, number, 0
     # Before anything is published under this date, so that the next start knows where to look.
-    document = {"run_id": staging.run_id, "started_at": staging.started_at, "date": date}
-    storage.write_json(storage.join(root, RUN), document)
+    run = _Run(
+        run_id=staging.run_id, started_at=staging.started_at, date=date, number=staging.number
+    )
+    storage.write_json(storage.join(root, RUN), run.model_dump())
     return staging
 
 
@@ -182,7 +206,10 @@ def publish(
     # A rename needs the same disk; an object store takes the whole file from this one's.
     beside = storage.absolute(staging.root) if storage.is_local(staging.root) else None
     status, label, reason = Counter[str](), Counter[str](), Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="publish-", dir=beside) as folder:
+    with (
+        storage.told(beside or tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(prefix="publish-", dir=beside) as folder,
+    ):
         local = Path(folder) / "night"  # no .parquet before it is published
         with pq.ParquetWriter(
             local, schema, compression="zstd", use_dictionary=_DICTIONARY, write_statistics=True

@@ -627,7 +627,7 @@ class OfAClient(Exception):
 def test_what_is_wrong_with_a_store_and_not_with_a_file(
     error: Exception, url: str, reason: str | None, message: str
 ) -> None:
-    with pytest.raises(Exception) as raised, storage._told(url):  # noqa: PT011
+    with pytest.raises(Exception) as raised, storage.told(url):  # noqa: PT011
         raise error
     if reason is None:
         assert raised.value is error

@@ -1,6 +1,7 @@
 """Promotion on drawn leaves, with models that are as good as they are made."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -151,7 +152,8 @@ def test_worse_better_tie_and_rollback_while_a_scoring_job_runs(
     told = registry.decisions(str(root))[2].comparison
     assert told["difference_points"]["difference"] == pytest.approx(20.0)
     assert told["split"]["fingerprint"] == shards.split_fingerprint(index, "test")
-    assert list(root.glob("_lock/*")) == []
+    (held,) = root.glob("_lock/*")
+    assert json.loads(held.read_text())["released"]
 
 
 @pytest.mark.parametrize(

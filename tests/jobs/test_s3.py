@@ -208,6 +208,7 @@ def test_all_jobs_on_s3_through_harm_and_kills_equal_local_disk(
         assert frame.label[url] == prediction.label
         assert frame.confidence[url] == pytest.approx(prediction.confidence, abs=1e-3)
     assert set(storage.list_names(f"{root}/predictions")) == {
+        "_lock",
         "_reports",
         "_runs",
         "date=2026-11-24",
@@ -244,7 +245,7 @@ def test_more_keys_than_a_page_of_a_listing(server: Server) -> None:
     assert len(listing.look(f"{root}/*/*.jpg").photographs) == 1100
     assert len(listing.look(f"{root}/1/0").photographs) == 999
     assert len(storage.list_files(root)) == 1100
-    storage.delete(root)
+    storage.delete_folder(root, mark=urls[0])
     assert storage.list_files(root) == []
 
 
@@ -256,7 +257,7 @@ def test_two_jobs_for_one_output(server: Server, random_model: str) -> None:
         with pytest.raises(UserError, match=f"{root}/predictions is in use by process") as caught:
             scoring_score.run(ScoreSettings.model_validate(settings))
         assert caught.value.exit_code == EXIT_IN_USE
-    assert storage.list_names(f"{root}/predictions") == []
+    assert storage.list_names(f"{root}/predictions") == [lock.FOLDER]
 
 
 class Poison(Proxy):

@@ -328,3 +328,24 @@ def test_a_bundle_is_loaded_by_its_alias(root: str, random_model: str, tmp_path:
     found = bundle.load(f"{root}/champion")
     assert (found.url, found.model_id) == (f"{root}/models/{loaded.model_id}", loaded.model_id)
     assert json.loads(json.dumps(found.description)) == loaded.description
+
+
+def test_a_job_that_wakes_up_after_others_have_decided_changes_no_alias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suspended between the history and the alias, while another took the registry over."""
+    root = str(tmp_path / "registry")
+    named = {"model_id": A, "digest": add(root, *model(tmp_path, A))}
+    create = storage.create_bytes
+
+    def suspended(url: str, data: bytes) -> bool:
+        created = create(url, data)
+        monkeypatch.setattr(storage, "create_bytes", create)
+        settle(root)
+        promote(root, tmp_path, B)
+        return created
+
+    monkeypatch.setattr(storage, "create_bytes", suspended)
+    models_registry.decide(root, PROMOTED, candidate=A, champion=named, comparison={})
+    assert [decision.candidate for decision in decisions(root)] == [A, B]
+    assert resolve(f"{root}/champion") == f"{root}/models/{B}"

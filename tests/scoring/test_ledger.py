@@ -62,7 +62,9 @@ def made_rows(*names: str, reason: str | None = None, version: str | None = "1")
 
 
 def publish(out: str, date: str, *tables: pa.Table, model: str = MODEL) -> Counts:
-    staging = start_staging(staging_root(out, model_id=model, images="in"), date=date, found=None)
+    staging = start_staging(
+        staging_root(out, model_id=model, images="in"), date=date, number=1, found=None
+    )
     for table in tables:
         staging.add(table)
     schema = scoring_rows.schema(CLASSES, model_id=model, run_id=staging.run_id)
@@ -140,13 +142,13 @@ def test_other_classes_are_refused(out: str) -> None:
 def test_an_interrupted_run_goes_on(out: str) -> None:
     root = staging_root(out, model_id=MODEL, images="in")
     assert find_staging(root) is None
-    first = start_staging(root, date="2026-11-01", found=None)
+    first = start_staging(root, date="2026-11-01", number=1, found=None)
     first.add(made_rows("a", "gone", "b"))
     first.add(made_rows("changed", version="0"))
     first.add(made_rows("b", "c"))
     found = find_staging(root)
     assert found is not None
-    staging = start_staging(root, date="2026-11-02", found=found)
+    staging = start_staging(root, date="2026-11-02", number=2, found=found)
     assert staging.run_id == first.run_id
     photographs = listed("d", "c", "b", "a", "changed")
     done = adopt(staging, photographs, Difference(np.ones(5, bool), 0))
@@ -162,7 +164,7 @@ def test_an_interrupted_run_goes_on(out: str) -> None:
 
 def test_a_night_is_seen_whole_or_not_at_all(out: str) -> None:
     staging = start_staging(
-        staging_root(out, model_id=MODEL, images="in"), date="2026-11-01", found=None
+        staging_root(out, model_id=MODEL, images="in"), date="2026-11-01", number=1, found=None
     )
     staging.add(made_rows("a"))
 
@@ -206,7 +208,7 @@ def test_plain_readers_see_published_rows_only(tmp_path: Path) -> None:
     publish(out, "2026-11-01", made_rows("a", "b"))
     publish(out, "2026-11-02", made_rows("c", reason="corrupt: x"))
     staging = start_staging(
-        staging_root(out, model_id=MODEL, images="in"), date="2026-11-03", found=None
+        staging_root(out, model_id=MODEL, images="in"), date="2026-11-03", number=1, found=None
     )
     staging.add(made_rows("not yet"))
     storage.write_json(storage.join(out, "_runs", "r.json"), {})
@@ -225,7 +227,7 @@ def test_plain_readers_see_published_rows_only(tmp_path: Path) -> None:
 def test_staging_of_other_photographs_is_left_alone(out: str) -> None:
     def start(images: str) -> Staging:
         root = staging_root(out, model_id=MODEL, images=images)
-        return start_staging(root, date="2026-11-01", found=find_staging(root))
+        return start_staging(root, date="2026-11-01", number=1, found=find_staging(root))
 
     here, there = start("here"), start("there")
     assert here.run_id != there.run_id
@@ -287,7 +289,7 @@ def test_how_a_night_is_stored(out: str) -> None:
 def test_a_night_is_put_together_beside_its_target(tmp_path: Path) -> None:
     """A rename needs the same disk, and no reader's pattern finds what is not complete."""
     root = staging_root(str(tmp_path), model_id=MODEL, images="in")
-    staging = start_staging(root, date="2026-11-01", found=None)
+    staging = start_staging(root, date="2026-11-01", number=1, found=None)
     staging.add(made_rows("a"))
 
     def check(counts: Counts) -> None:
@@ -295,12 +297,15 @@ def test_a_night_is_put_together_beside_its_target(tmp_path: Path) -> None:
         assert [path.suffix for path in folder.iterdir()] == [""]
 
     scoring_staging.publish(staging, str(tmp_path), schema=SCHEMA, check=check)
-    assert sorted(path.name for path in Path(root).iterdir()) == ["part-000000", "run.json"]
+    assert sorted(path.name for path in Path(root).iterdir()) == [
+        "part-00000001-000000",
+        "run.json",
+    ]
 
 
 def test_counts_begin_with_the_most_frequent() -> None:
     root = staging_root("memory://counts", model_id=MODEL, images="in")
-    staging = start_staging(root, date="2026-11-01", found=None)
+    staging = start_staging(root, date="2026-11-01", number=1, found=None)
     staging.add(made_rows("a", reason="empty: x"))
     staging.add(made_rows("b", "c", "d", reason="corrupt: x"))
     staging.add(made_rows("e", "f", reason="truncated: x: y"))
@@ -437,8 +442,8 @@ def test_places_among_the_listed() -> None:
 
 def test_what_an_interrupted_run_left_is_found_as_it_was(out: str) -> None:
     root = staging_root(out, model_id=MODEL, images="in")
-    started = start_staging(root, date="2026-11-01", found=None)
-    assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{6}", started.run_id)
+    started = start_staging(root, date="2026-11-01", number=1, found=None)
+    assert re.fullmatch(r"\d{8}T\d{6}Z-000001-[0-9a-f]{6}", started.run_id)
     at = datetime.fromisoformat(started.started_at)
     assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\+00:00", started.started_at)
     assert abs((datetime.now(UTC) - at).total_seconds()) < 60
@@ -446,28 +451,33 @@ def test_what_an_interrupted_run_left_is_found_as_it_was(out: str) -> None:
     assert (
         find_staging(root)
         == started
-        == Staging(root, started.run_id, started.started_at, "2026-11-01", next_part=0, kept=[])
+        == Staging(root, started.run_id, started.started_at, "2026-11-01", number=1)
     )
     for name in "abc":
         started.add(made_rows(name))
     started.keep_aside("thumbnails", made_rows("t"))
-    assert started.kept == ["part-000000", "part-000001", "part-000002"]
-    assert started.next_part == 3
-    assert find_staging(root) == started
-    names = [started.read(name)["image"].to_pylist() for name in [*started.kept, "thumbnails"]]
-    assert names == [["a"], ["b"], ["c"], ["t"]]
-    # The number after the last one, though there are fewer.
-    storage.delete(storage.join(root, "part-000001"))
+    assert started.kept == ["part-00000001-000000", "part-00000001-000001", "part-00000001-000002"]
     found = find_staging(root)
     assert found is not None
-    assert (found.kept, found.next_part) == (["part-000000", "part-000002"], 3)
-    stored = pa.BufferReader(storage.read_bytes(storage.join(root, "part-000000")))
+    assert (found.run_id, found.kept) == (started.run_id, started.kept)
+    names = [started.read(name)["image"].to_pylist() for name in [*started.kept, "thumbnails"]]
+    assert names == [["a"], ["b"], ["c"], ["t"]]
+    # The next job has another number, and with it other names.
+    storage.delete(storage.join(root, "part-00000001-000001"))
+    found = find_staging(root)
+    assert found is not None
+    resumed = start_staging(root, date="2026-11-02", number=4, found=found)
+    resumed.add(made_rows("d"))
+    expected = ["part-00000001-000000", "part-00000001-000002", "part-00000004-000000"]
+    assert resumed.kept == storage.list_names(root)[:3] == expected
+    assert resumed.run_id == started.run_id
+    stored = pa.BufferReader(storage.read_bytes(storage.join(root, "part-00000001-000000")))
     assert pa.parquet.read_metadata(stored).row_group(0).column(0).compression == "ZSTD"
 
 
 def test_a_summary_is_kept_with_what_is_not_published(out: str) -> None:
     root = staging_root(out, model_id=MODEL, images="in")
-    staging = start_staging(root, date="2026-11-01", found=None)
+    staging = start_staging(root, date="2026-11-01", number=1, found=None)
     staging.keep_summary({"rows": 3, "ä": None})
     assert staging.read_summary() == {"rows": 3, "ä": None}
     assert storage.list_names(root) == ["run.json", "summary.json"]
@@ -489,7 +499,7 @@ def test_each_model_and_each_folder_of_photographs_has_its_staging(out: str) -> 
 
 def test_finished_rows_that_nobody_wants_any_more_are_dropped(out: str) -> None:
     root = staging_root(out, model_id=MODEL, images="in")
-    staging = start_staging(root, date="2026-11-01", found=None)
+    staging = start_staging(root, date="2026-11-01", number=1, found=None)
     photographs = listed("a", "b", "c", "d")
     todo = np.array([True, True, False, True])
     assert adopt(staging, photographs, Difference(todo, 0)).tolist() == [False] * 4
@@ -498,8 +508,8 @@ def test_finished_rows_that_nobody_wants_any_more_are_dropped(out: str) -> None:
     done = adopt(staging, photographs, Difference(todo, 0))
     assert done.tolist() == [True, True, False, True]
     # The first part is untouched, the second has nothing left, of the third one row is.
-    assert staging.kept == ["part-000000", "part-000003"]
-    assert storage.list_names(root) == ["part-000000", "part-000003", "run.json"]
+    assert staging.kept == ["part-00000001-000000", "part-00000001-000003"]
+    assert storage.list_names(root) == ["part-00000001-000000", "part-00000001-000003", "run.json"]
     images = [staging.read(name)["image"].to_pylist() for name in staging.kept]
     assert images == [["a", "b"], ["d"]]
 
@@ -541,3 +551,48 @@ def test_a_photograph_that_is_listed_twice_ends_the_night_before_it_begins() -> 
     assert ledger.difference(versions, [], date="2026-11-01", retries=0).todo.all()
     empty = ledger.difference(listed(), [], date="2026-11-01", retries=0)
     assert empty.todo.tolist() == []
+
+
+def test_parts_of_an_earlier_version_are_found(out: str) -> None:
+    root = staging_root(out, model_id=MODEL, images="in")
+    run = {"run_id": "20261101T010000Z-abcdef", "started_at": "x", "date": "2026-11-01"}
+    storage.write_json(storage.join(root, "run.json"), run)
+    started = Staging(root, "r", "x", "2026-11-01", 1)
+    started.keep_aside("part-000003", made_rows("a"))
+    found = find_staging(root)
+    assert found is not None
+    assert (found.run_id, found.kept) == (run["run_id"], ["part-000003"])
+
+
+def test_what_a_job_writes_that_has_lost_the_output_is_in_no_night(out: str) -> None:
+    """It is suspended, another finishes its night; then it wakes up and goes on."""
+    root = staging_root(out, model_id=MODEL, images="in")
+    first = start_staging(root, date="2026-11-01", number=1, found=None)
+    first.add(made_rows("a"))
+    second = start_staging(root, date="2026-11-01", number=2, found=find_staging(root))
+    second.add(made_rows("b"))
+    first.add(made_rows("b"))  # under the number that the other's part has as well
+    scoring_staging.publish(second, out, schema=SCHEMA, check=lambda counts: None)
+    with pytest.raises(UserError, match="another job has published") as told:
+        scoring_staging.publish(first, out, schema=SCHEMA, check=lambda counts: None)
+    assert (told.value.reason, told.value.exit_code) == ("lock-lost", 3)
+    (night,) = ledger.published(out)
+    assert sorted(rows_of(night).read()["image"].to_pylist()) == ["a", "b"]
+    second.delete()
+    # And after that, when nothing of the staging is there any more.
+    first.add(made_rows("c"))
+    assert find_staging(root) is None
+    third = start_staging(root, date="2026-11-02", number=3, found=None)
+    third.add(made_rows("d"))
+    found = find_staging(root)
+    assert found is not None
+    assert found.kept == third.kept
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"run_id": "../x", "started_at": "", "date": ""}'])
+def test_a_staging_that_is_damaged_is_refused_by_name(out: str, data: bytes) -> None:
+    root = staging_root(out, model_id=MODEL, images="in")
+    storage.write_bytes(storage.join(root, "run.json"), data)
+    with pytest.raises(UserError, match=f"delete {root}, and they are scored again") as told:
+        find_staging(root)
+    assert told.value.reason == "bad-staging"

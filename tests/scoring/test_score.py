@@ -46,7 +46,7 @@ from tests.support.markup import check
 from tests.support.s3_server import Proxy, Server
 
 COUNT = 800  # photographs of the job that is killed
-KEPT = ("_runs", "_reports")  # beside the predictions
+KEPT = ("_lock", "_runs", "_reports")  # beside the predictions
 ALL_OF_THEM = Review(REVIEW_ALL, precision_target=0.95, novelty=1.0)  # for review
 SCORE = Path(__file__).parents[2] / "jobs" / "score.py"
 
@@ -130,7 +130,8 @@ def settings(model: str, images: Path, out: Path, **changes: Any) -> ScoreSettin
 
 
 def tree(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    files = [p for p in out.rglob("*") if p.is_file() and p.parent.name != "_lock"]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
 @pytest.mark.ray
@@ -261,7 +262,7 @@ def stage(
     """What a job leaves that finished its first `count` photographs and was killed."""
     loaded = bundle.load(model)
     root = staging_root(str(out), model_id=loaded.model_id, images=str(images))
-    staging = start_staging(root, date="2026-11-24", found=None)
+    staging = start_staging(root, date="2026-11-24", number=1, found=None)
     listed = listing.look(str(images)).photographs
     photographs = listed.slice(0, count).select(["image", "version"])
     for name in reading.PHOTOGRAPH.names:
@@ -318,6 +319,31 @@ def test_a_job_killed_after_it_published_is_completed(random_model: str, tmp_pat
     before = tree(out)
     score.run(settings(random_model, images, out, date="2026-11-25"))
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("left", [("run.json", "summary.json"), ("run.json",)])
+def test_a_job_killed_while_it_tidied_up_is_completed(
+    left: tuple[str, ...], random_model: str, tmp_path: Path
+) -> None:
+    """The night and its summary are there, and of the staging only a part: no report yet."""
+    images, out = tmp_path / "in", tmp_path / "out"
+    write_leaves(images, 3)
+    staging = stage(random_model, images, out, 3)
+    score.run(settings(random_model, images, out, date="2026-11-24"))
+    before = tree(out)
+    for file in (out / "_reports").iterdir():
+        file.unlink()
+    staging = start_staging(staging.root, date="2026-11-24", number=2, found=staging)
+    staging.keep_summary({"run_id": staging.run_id})
+    for file in Path(staging.root).iterdir():
+        if file.name not in left:
+            file.unlink()
+    score.run(settings(random_model, images, out, date="2026-11-24"))
+    after = tree(out)
+    assert after.keys() == before.keys()
+    assert [after[name] for name in after if "report" not in name] == [
+        before[name] for name in after if "report" not in name
+    ]
 
 
 @pytest.mark.ray

@@ -114,7 +114,7 @@ def write_night(
     maker = thumbnails.Maker(seen=explained)
     rows = maker.attach(rows, pixels[np.arange(len(decoded)) % leaves], decoded)
     root = staging_root(str(out), model_id=model_id, images=images)
-    staging = start_staging(root, date=date, found=None)
+    staging = start_staging(root, date=date, number=1, found=None)
     staging.run_id = run_id
     staging.add(rows)
     if explained:
