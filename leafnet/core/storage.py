@@ -358,7 +358,7 @@ def objects(folder: str, start: str = "") -> Iterator[tuple[str, dict[str, Any]]
     among them. S3 is asked a page at a time, so that memory holds one.
     """
     fs, path = filesystem(folder)
-    with _told(folder):
+    with told(folder):
         if hasattr(fs, "pages"):
             bucket, _, key = path.partition("/")
             prefix = f"{key.rstrip('/')}/" if key else ""
