@@ -6,9 +6,8 @@ from leafnet.preparation import evaluation, sources
 
 EXAMPLES = """\
   python jobs/evaluate.py --model runs/potato/model --shards data/shards --out evaluation
-  python jobs/evaluate.py --model runs/potato/model --images neighbours_field
   python jobs/evaluate.py --model runs/b/model --against runs/a/model --shards data/shards
-  python jobs/evaluate.py --model runs/b/model --shards data/shards --tta 8 --slice_by "(farm_.)/"
+  python jobs/evaluate.py --model runs/b/model --images next_field --tta 8 --slice_by "(farm_.)/"
 """
 
 

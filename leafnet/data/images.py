@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-import imagehash
 import numpy as np
+import scipy.fft
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
@@ -115,6 +115,7 @@ class Fingerprint:
     Attributes:
         pixels_sha256: equal for two files exactly when all of their RGB pixels are.
         perceptual_hash: 64 bits unsigned; few bits differ between look-alikes.
+        turned_hashes: the same of the picture flipped and turned, in the seven other ways.
         width: in pixels, EXIF orientation applied.
         height: likewise.
         format: as in `Photo`.
@@ -122,6 +123,7 @@ class Fingerprint:
 
     pixels_sha256: str
     perceptual_hash: int
+    turned_hashes: tuple[int, ...]
     width: int
     height: int
     format: str
@@ -178,7 +180,7 @@ def fingerprint(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Fingerprint:
 
     Returns:
         A `Fingerprint`: SHA-256 over width and height (uint32, little-endian) and the RGB bytes in
-        rows, and the perceptual hash of ImageHash (`phash`, 8 x 8 bits).
+        rows, and the perceptual hash of ImageHash (`phash`, 8 x 8 bits) in eight symmetries.
 
     Raises:
         ImageError: as `decode`.
@@ -189,13 +191,37 @@ def fingerprint(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Fingerprint:
         for top, band in _bands(picture):
             sha256.update(band.tobytes())
             grey.paste(band.convert("L"), (0, top))
+        upright, *turned = _perceptual_hashes(grey)
         return Fingerprint(
             pixels_sha256=sha256.hexdigest(),
-            perceptual_hash=int(str(imagehash.phash(grey)), 16),
+            perceptual_hash=upright,
+            turned_hashes=tuple(turned),
             width=picture.width,
             height=picture.height,
             format=picture.format,
         )
+
+
+def _perceptual_hashes(grey: Image.Image) -> list[int]:
+    """The hashes of a picture as it is, and flipped and turned in the seven other ways.
+
+    ImageHash's `phash`: which of the 8 x 8 lowest frequencies of the cosine transform of 32 x 32
+    pixels are above their median. Mirrored, each second one of them changes its sign; mirrored at
+    the diagonal, they are transposed.
+    """
+    pixels = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    low = scipy.fft.dct(scipy.fft.dct(pixels, axis=0), axis=1)[:8, :8]
+    signs = np.where(np.arange(8) % 2, -1.0, 1.0)
+    ways = np.stack(
+        [
+            of * down * across
+            for of in (low, low.T)
+            for down in (1.0, signs[:, None])
+            for across in (1.0, signs[None, :])
+        ]
+    ).reshape(8, 64)
+    above = ways > np.median(ways, axis=1, keepdims=True)
+    return [int(value) for value in np.packbits(above, axis=1).view(">u8").ravel()]
 
 
 class _Picture(NamedTuple):

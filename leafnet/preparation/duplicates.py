@@ -44,11 +44,16 @@ class Pairs(NamedTuple):
     inverse: Ints  # [N], place of each photograph's hash among the distinct ones
     a: Ints  # [P], places among the distinct ones; a < b
     b: Ints
-    distance: NDArray[np.int32]  # [P], differing bits, at least 1
+    distance: NDArray[np.int32]  # [P], differing bits; 0 only where one is turned
 
 
-def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Pairs:
+def near_pairs(
+    hashes: NDArray[np.uint64], distance: int, turned: NDArray[np.uint64] | None = None
+) -> Pairs:
     """All pairs of distinct values in `hashes` [N] that differ in at most `distance` bits.
+
+    With `turned` [N, 7], of the same pictures flipped and turned, also those of which one differs
+    so little from the other in one of these ways.
 
     Exact, in time that grows with N and the pairs found, not with N squared. Of four bands of 16
     bits, three differing bits leave one untouched; of four parts of the other 48 bits, they leave
@@ -62,25 +67,38 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> Pairs:
     if not 0 <= distance < _BANDS:
         raise ValueError(f"need 0 <= distance < {_BANDS}, got {distance}")
     distinct, inverse = np.unique(hashes, return_inverse=True)
-    found_a, found_b = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    total = 0
-    everything = np.arange(distinct.size)
-    masks = [second for first in _parts(0) for second in _parts(first)] if distance else []
-    for a, b in _near(distinct, everything, masks, distance):
-        found_a.append(np.minimum(a, b))
-        found_b.append(np.maximum(a, b))
-        total += a.size
-        if total > _MAX_PAIRS:
-            raise UserError(
-                "too-many-near-duplicates",
-                f"more than {_MAX_PAIRS:,} pairs of photographs look alike; give a lower "
-                "--near_distance, 0 for equal hashes only",
-            )
-    a, b = np.concatenate(found_a), np.concatenate(found_b)
-    order = np.lexsort((b, a))
-    a, b = a[order], b[order]
-    bits = np.bitwise_count(distinct[a] ^ distinct[b]).astype(np.int32)
-    return Pairs(inverse.astype(np.int64), a, b, bits)
+    values, owner = distinct, np.arange(distinct.size)
+    if turned is not None:
+        values = np.concatenate([distinct, turned.ravel()])
+        owner = np.concatenate([owner, np.repeat(inverse, turned.shape[1])])
+    own = np.arange(values.size) < distinct.size
+    # One mask of all bits finds what is equal.
+    masks = [second for first in _parts(0) for second in _parts(first)] if distance else [2**64 - 1]
+    found, waiting = np.empty((0, 3), np.int64), list[NDArray[np.int64]]()
+    for i, j in _near(values, np.arange(values.size), masks, distance):
+        a, b = np.minimum(owner[i], owner[j]), np.maximum(owner[i], owner[j])
+        # Two turned ones say what one of them and an upright one say.
+        new = (own[i] | own[j]) & (a != b)
+        bits = np.bitwise_count(values[i[new]] ^ values[j[new]]).astype(np.int64)
+        waiting.append(np.stack([a[new], b[new], bits], axis=1))
+        if sum(map(len, waiting)) > _MAX_PAIRS - len(found):
+            found, waiting = _nearest([found, *waiting]), []
+            if len(found) > _MAX_PAIRS:
+                raise UserError(
+                    "too-many-near-duplicates",
+                    f"more than {_MAX_PAIRS:,} pairs of photographs look alike; give a lower "
+                    "--near_distance, 0 for equal hashes only",
+                )
+    found = _nearest([found, *waiting])
+    return Pairs(inverse.astype(np.int64), found[:, 0], found[:, 1], found[:, 2].astype(np.int32))
+
+
+def _nearest(found: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows of (a, b, bits), each pair once, by a and b, with the least of its bits."""
+    pairs = np.concatenate(found)
+    pairs = pairs[np.lexsort((pairs[:, 2], pairs[:, 1], pairs[:, 0]))]
+    first = np.r_[True, (pairs[1:, :2] != pairs[:-1, :2]).any(axis=1)]
+    return pairs[first[: len(pairs)]]
 
 
 def _parts(fixed: int) -> list[int]:

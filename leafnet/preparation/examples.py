@@ -21,6 +21,7 @@ READ_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("pixels_sha256", pa.string()),
         ("perceptual_hash", pa.uint64()),
+        ("turned_hashes", pa.list_(pa.uint64())),  # of the other seven symmetries
         ("reason", pa.string()),  # why it is refused; null: it is not
         ("message", pa.string()),
     ]
@@ -54,6 +55,7 @@ class Examples:
     size: Ints
     pixels: Ints  # equal for equal pixels
     hash: NDArray[np.uint64]
+    turned: NDArray[np.uint64]  # [N, 7], of the picture flipped and turned
     class_names: tuple[str, ...]
 
 
@@ -69,6 +71,7 @@ def read_examples(good: pa.Table) -> Examples:
         size=good["bytes"].to_numpy(),
         pixels=_codes(good["pixels_sha256"]),
         hash=good["perceptual_hash"].to_numpy(),
+        turned=pc.list_flatten(good["turned_hashes"]).to_numpy().reshape(good.num_rows, -1),
         class_names=tuple(names),
     )
 

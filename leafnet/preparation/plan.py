@@ -65,7 +65,7 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
     evaluation = policy.shares[TRAIN] == 0
     evaluation |= has_splits and set(examples.split.tolist()) == {TEST}
     _check_classes(examples, listed, source, evaluation=evaluation)
-    pairs = near_pairs(examples.hash, policy.near_distance)
+    pairs = near_pairs(examples.hash, policy.near_distance, examples.turned)
     dropped = {
         "other-label": np.zeros(examples.label.size, np.bool_),
         "other-split": np.zeros(examples.label.size, np.bool_),

@@ -457,6 +457,7 @@ def _row(
         "bytes": len(sample.image),
         "pixels_sha256": found.pixels_sha256,
         "perceptual_hash": found.perceptual_hash,
+        "turned_hashes": list(found.turned_hashes),
         "width": found.width,
         "height": found.height,
         "sha256": storage.sha256(sample.image),

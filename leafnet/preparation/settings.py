@@ -33,7 +33,7 @@ class PrepareSettings(Settings):
         "valid, and that before train) or with different labels (all are dropped)",
     )
     near_duplicates: Literal["drop", "report"] = Field(
-        "report", description="the same for pictures that look alike"
+        "report", description="the same for pictures that look alike, also flipped or turned"
     )
     near_distance: int = Field(
         3,

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
+import imagehash
 import numpy as np
 import pillow_heif
 import pytest
@@ -893,6 +894,20 @@ def test_bands_of_turned_pictures_are_the_right_ones(
     np.testing.assert_array_equal(decode(data, 8).pixels, np.asarray(small))
 
 
+def test_turned_hashes_are_those_of_the_turned_picture() -> None:
+    blotches = np.random.default_rng(3).integers(0, 255, (6, 6, 3), np.uint8)
+    drawn = Image.fromarray(blotches).resize((96, 96), Image.Resampling.BICUBIC)
+    found = fingerprint(encode(drawn, "PNG"))
+    expected = [
+        fingerprint(encode(drawn.transpose(way), "PNG")).perceptual_hash for way in Image.Transpose
+    ]
+    assert len(found.turned_hashes) == 7
+    for way in expected:
+        assert min((way ^ other).bit_count() for other in found.turned_hashes) <= 3
+    for other in found.turned_hashes:
+        assert min((way ^ other).bit_count() for way in expected) <= 3
+
+
 def test_the_perceptual_hash_is_of_the_low_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 32 x 32 grey levels the 8 x 8 lowest of the cosine transform, each above the median."""
     pixels = photograph(120, 90, seed=3)
@@ -900,7 +915,9 @@ def test_the_perceptual_hash_is_of_the_low_frequencies(monkeypatch: pytest.Monke
     low = scipy.fft.dctn(np.asarray(grey, float), type=2)[:8, :8]
     bits = "".join("01"[int(above)] for above in (low > np.median(low)).ravel())
     monkeypatch.setattr(images, "_BAND_PIXELS", 1000)
-    assert fingerprint(encode(pixels, "PNG")).perceptual_hash == int(bits, 2)
+    found = fingerprint(encode(pixels, "PNG")).perceptual_hash
+    assert found == int(bits, 2)
+    assert found == int(str(imagehash.phash(Image.fromarray(pixels))), 16)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def row(key: str, **values: Any) -> Row:
         "pixels_sha256": key,
         # Far from all others: two random hashes differ in 32 bits of 64, give or take 4.
         "perceptual_hash": int(np.random.default_rng(list(key.encode())).integers(2**63)),
+        "turned_hashes": np.random.default_rng([*key.encode(), 1]).integers(2**63, size=7).tolist(),
         "reason": None,
         "message": None,
     } | values
@@ -268,6 +269,41 @@ def test_near_pairs_are_those_of_brute_force(hashes: list[int], distance: int) -
     found = found_pairs(hashes, distance)
     assert len(found) == len(set(found))
     assert set(found) == brute_force(hashes, distance)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3])
+def test_near_pairs_of_turned_pictures_are_those_of_brute_force(distance: int) -> None:
+    generator = np.random.default_rng(distance)
+    hashes = generator.integers(2**64, size=40, dtype=np.uint64)
+    turned = generator.integers(2**64, size=(40, 7), dtype=np.uint64)
+    for i in range(12):  # a copy of picture i, turned in way i % 7 and changed in few bits
+        bits = generator.choice(64, i % 5, replace=False)
+        hashes[20 + i] = turned[i, i % 7] ^ np.uint64(sum(1 << int(bit) for bit in bits))
+    found = duplicates.near_pairs(hashes, distance, turned)
+    distinct = np.unique(hashes)
+    expected: dict[tuple[int, int], int] = {}
+    for i, j in itertools.product(range(40), repeat=2):
+        ways = [hashes[j], *turned[j]]
+        least = min(int(hashes[i] ^ way).bit_count() for way in ways)
+        a, b = sorted(int(np.searchsorted(distinct, hashes[k])) for k in (i, j))
+        if a != b and least <= distance:
+            expected[a, b] = min(least, expected.get((a, b), 64))
+    pairs = zip(found.a.tolist(), found.b.tolist(), found.distance.tolist(), strict=True)
+    assert {(a, b): d for a, b, d in pairs} == expected
+    assert len(expected) >= 3
+
+
+def test_a_flipped_copy_in_another_split_is_told_and_dropped_by_setting() -> None:
+    rows = given_splits(train=["a/x.jpg"], test=["a/y.jpg"])
+    (x,) = (r for r in rows if r["key"] == "train/a/x.jpg")
+    (y,) = (r for r in rows if r["key"] == "test/a/y.jpg")
+    y["turned_hashes"][4] = x["perceptual_hash"]
+    plan = decide(rows, has_splits=True)
+    (pair,) = plan.duplicates.to_pylist()
+    assert (pair["kind"], pair["key_a"], pair["key_b"]) == ("near", "test/a/y.jpg", "train/a/x.jpg")
+    assert pair["distance"] == 0
+    plan = decide(rows, POLICY._replace(drop_near=True), has_splits=True)
+    assert plan.dropped == {"other-label": 0, "other-split": 1}
 
 
 def test_near_pairs_in_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
