@@ -98,7 +98,8 @@ def _nearest(found: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     pairs = np.concatenate(found)
     pairs = pairs[np.lexsort((pairs[:, 2], pairs[:, 1], pairs[:, 0]))]
     first = np.r_[True, (pairs[1:, :2] != pairs[:-1, :2]).any(axis=1)]
-    return pairs[first[: len(pairs)]]
+    nearest: NDArray[np.int64] = pairs[first[: len(pairs)]]
+    return nearest
 
 
 def _parts(fixed: int) -> list[int]:
