@@ -61,10 +61,7 @@ def _say_intervals(splits: Mapping[str, Any]) -> None:
     say(f"95 %      of test sets of other {units} have the truth in the interval")
     for split, scores in splits.items():
         if grouped and scores["groups"] < FEW_GROUPS:
-            say(
-                f"          {split} has only {scores['groups']} groups: as wide as that "
-                "must be, whatever the number of images"
-            )
+            say(f"          {split} has only {scores['groups']} groups, which makes intervals wide")
         missing = missing_classes(scores)
         if missing:
             say(f"macro F1  {missing} of {split}")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from leafnet.data.images import decode
 from leafnet.data.shards import ShardIndex
 from leafnet.evaluation import promote
 from leafnet.evaluation.settings import PromoteSettings
-from leafnet.evaluation.verdict import Outcome, Verdict
+from leafnet.evaluation.verdict import Check, Outcome, Rule, Verdict
 from leafnet.models import bundle, registry, resnet, runtime
 from leafnet.models.weights import load_weights
 from tests.conftest import leaf_jpeg, write_data_set
@@ -236,3 +237,146 @@ def test_a_split_is_known_by_its_photographs(index: ShardIndex, tmp_path: Path) 
     assert found != shards.split_fingerprint(index, "train")
     other = write_data_set(str(tmp_path / "other"), {"valid": 1, "test": 10}, seed=0)
     assert shards.split_fingerprint(other, "test") == found
+
+
+def verdict(outcome: Outcome, *told: str) -> Verdict:
+    """A verdict whose checks fail with these words."""
+    checks = [Check(name, 0.5, 0.75, "more", False, name) for name in told]
+    return Verdict(outcome, (Check("fine", 0.5, None, "any", True, "unsaid"), *checks), None)
+
+
+def decide(
+    root: Path,
+    chosen: PromoteSettings,
+    candidate: str,
+    champion: str | None,
+    found: Verdict,
+) -> None:
+    """What follows from a verdict, in a registry that is held as in the job."""
+    with promote._held(chosen, str(root)) as held:
+        model, other = bundle.load(candidate), bundle.load(champion) if champion else None
+        facts: dict[str, Any] = {"checks": [], "why": "seen"}
+        promote._conclude(chosen, str(root), held, model, other, found, facts)
+
+
+def test_what_is_decided_is_written_and_told(
+    index: ShardIndex,
+    random_model: str,
+    make: Callable[..., str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    root, first, second = tmp_path / "registry", random_model, make("second", wrong=0)
+    ids = [bundle.load(url).model_id for url in (first, second)]
+    chosen = settings(root, index, second)
+    decide(root, settings(root, index, first), first, None, verdict("better"))
+    assert f"promoted  {ids[0]}: {root}/champion" in capfd.readouterr().out
+    decide(root, chosen, second, first, verdict("tie"))
+    assert (
+        f"tie       {ids[1]} is not worse, and no better; {ids[0]} stays" in capfd.readouterr().out
+    )
+    told = f"{ids[1]} is refused: too low; too late; {ids[0]} stays champion"
+    for outcome in ("worse", "unclear"):
+        with pytest.raises(UserError) as caught:
+            decide(root, chosen, second, first, verdict(outcome, "too low", "too late"))
+        assert (caught.value.reason, caught.value.exit_code) == (outcome, EXIT_WORSE)
+        assert str(caught.value) == told
+    assert champion(root) == ids[0]
+    decide(root, settings(root, index, second, tie="promote"), second, first, verdict("tie"))
+    assert champion(root) == ids[1]
+    # A model alone in its registry that fails leaves no champion to speak of.
+    with pytest.raises(UserError, match=r"is refused: too low$"):
+        decide(tmp_path / "other", chosen, second, None, verdict("worse", "too low"))
+    decisions = registry.decisions(str(root))
+    assert [decision.action for decision in decisions] == [
+        *("promoted", "kept", "refused", "refused", "promoted"),
+    ]
+    assert [decision.candidate for decision in decisions] == [ids[0], *[ids[1]] * 4]
+    assert [bool(decision.champion) for decision in decisions] == [True, *[False] * 3, True]
+    assert all(decision.comparison["why"] == "seen" for decision in decisions)
+
+
+def test_a_dry_run_refuses_and_promotes_nothing(
+    index: ShardIndex, random_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "registry"
+    chosen = settings(root, index, random_model, dry_run=True)
+    decide(root, chosen, random_model, None, verdict("better"))
+    assert capfd.readouterr().out == ""
+    with pytest.raises(UserError, match="is refused: too low"):
+        decide(root, chosen, random_model, None, verdict("worse", "too low"))
+    assert not root.exists()
+
+
+def test_the_rule_is_that_of_the_settings(
+    index: ShardIndex, random_model: str, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {
+        "margin": 2.0,
+        "min_recall": 0.25,
+        "max_ece_rise": 0.125,
+        "resamples": 300,
+        "seed": 7,
+    }
+    chosen = settings(
+        tmp_path, index, random_model, recall=("healthy=0.75", "late_blight=1"), **values
+    )
+    recall = {"healthy": 0.75, "late_blight": 1.0}
+    assert promote._rule(chosen, index) == Rule(recall=recall, **values)
+
+
+def test_models_are_compared_on_a_test_split_of_their_classes(
+    index: ShardIndex, random_model: str, tmp_path: Path
+) -> None:
+    without = write_data_set(str(tmp_path / "without"), {"train": 2})
+    other = shards.write_index(
+        str(tmp_path / "other"),
+        class_names=("a", "b", "c"),
+        shards=index.shards,
+        counts={split: dict.fromkeys("abc", 10) for split in index.counts},
+        prepared={},
+    )
+    with pytest.raises(UserError, match="has no test split"):
+        promote.run(settings(tmp_path / "registry", without, random_model))
+    model = bundle.load(random_model)
+    with pytest.raises(UserError, match="need a registry of their own"):
+        promote._check_classes(model, other, "candidate")
+    promote._check_classes(model, index, "candidate")
+
+
+def test_a_champion_that_changed_meanwhile_is_not_compared(
+    random_model: str, make: Callable[..., str], tmp_path: Path
+) -> None:
+    root = str(tmp_path)
+    for url in (random_model, make("later", wrong=0)):
+        model = bundle.load(url)
+        digest = registry.add(root, url, model.description)
+        named = {"model_id": model.model_id, "digest": digest}
+        registry.decide(root, "promoted", candidate=model.model_id, champion=named, comparison={})
+        found = registry.champion(root)
+        assert found is not None
+        assert promote._load(root, found).model_id == model.model_id
+    before = registry.previous(root)
+    assert before is not None
+    earlier = found.model_copy(update={"model_id": before["model_id"]})
+    with pytest.raises(UserError, match="changed meanwhile; run the same command again"):
+        promote._load(root, earlier)
+
+
+def test_the_candidate_that_is_champion_already(
+    index: ShardIndex, random_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(tmp_path / "registry", index, random_model)
+    decide(tmp_path / "registry", chosen, random_model, None, verdict("better"))
+    promote.run(chosen)
+    assert "already; nothing to do" in capfd.readouterr().out
+    assert len(registry.decisions(str(tmp_path / "registry"))) == 1
+
+
+def test_a_verdict_is_a_row_for_each_check(capfd: pytest.CaptureFixture[str]) -> None:
+    promote._say_verdict(verdict("worse", "recall"))
+    rows = [line.split() for line in capfd.readouterr().out.splitlines() if line]
+    assert rows[1:] == [
+        ["fine", "0.500", "any"],
+        ["recall", "0.500", "0.750", "more", "not", "met"],
+    ]

@@ -105,6 +105,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "labelling.settings": ("core/test_settings",),
     "evaluation.evaluate": (),
     "evaluation.document": ("evaluation/test_evaluate",),
+    "evaluation.tables": (),
+    "evaluation.promote": (),
     "training.dry_run": (),
     "training.estimate": (),
     "training.stages": (),
