@@ -276,7 +276,8 @@ def test_what_is_decided_is_written_and_told(
         f"tie       {ids[1]} is not worse, and no better; {ids[0]} stays" in capfd.readouterr().out
     )
     told = f"{ids[1]} is refused: too low; too late; {ids[0]} stays champion"
-    for outcome in ("worse", "unclear"):
+    refused: tuple[Outcome, ...] = ("worse", "unclear")
+    for outcome in refused:
         with pytest.raises(UserError) as caught:
             decide(root, chosen, second, first, verdict(outcome, "too low", "too late"))
         assert (caught.value.reason, caught.value.exit_code) == (outcome, EXIT_WORSE)

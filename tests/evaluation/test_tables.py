@@ -177,7 +177,7 @@ def test_slices_that_are_lower_are_marked(count: int, capsys: pytest.CaptureFixt
 
 
 def test_what_the_views_of_a_photograph_gain(capsys: pytest.CaptureFixture[str]) -> None:
-    tta = {
+    tta: dict[str, Any] = {
         **{"views": 8, "accuracy_without": 0.7, "log_loss_without": 0.6, "ece_without": 0.05},
         **{"difference": 0.05, "interval": [-0.01, 0.11], "mcnemar_p": 0.0421},
         "times_as_long": 7.96,
@@ -191,7 +191,7 @@ def test_what_the_views_of_a_photograph_gain(capsys: pytest.CaptureFixture[str])
 
 def test_another_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     kind = {"label": "rust", "ours": "c" * 22, "theirs": "d" * 23, "count": 1003}
-    other = {
+    other: dict[str, Any] = {
         **{"accuracy": 0.7, "difference": 0.05, "interval": [-0.01, 0.11], "mcnemar_p": 0.0421},
         **{"only_ours": 1040, "only_theirs": 20, "disagreements": 1060, "kinds": [kind] * 9},
     }
@@ -210,7 +210,7 @@ def test_another_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_border_that_tells_the_class(
     share: float | None, much: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    border = {
+    border: dict[str, Any] = {
         **{"accuracy": 0.625, "low": 0.5, "high": 0.75, "majority": 0.375},
         **{"high_warning": True, "share_of_lead": share},
     }
@@ -224,7 +224,7 @@ def test_a_border_that_tells_the_class(
 
 
 def test_a_border_that_tells_little(capsys: pytest.CaptureFixture[str]) -> None:
-    border = {
+    border: dict[str, Any] = {
         **{"accuracy": 0.625, "low": 0.5, "high": 0.75, "majority": 0.375},
         **{"high_warning": False, "share_of_lead": 0.1},
     }
