@@ -8,19 +8,23 @@ RADOSGW := radosgw ceph-mon ceph-osd ceph-common
 
 CHROMIUM := chromium fonts-dejavu-core
 
-.PHONY: demo test test-slow test-faults lint docs docs-check mutation bench findings clean tools
+.PHONY: demo test test-slow test-road test-faults lint docs docs-check mutation bench findings clean tools
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 # The tests that share a local Ray come one after the other.
 test: $(READY) tools
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not faults and not road"
 	$(BIN)/python -m pytest -m "ray and not slow and not faults" tests
 
 # Jobs from end to end, killed, submitted and on S3: as long again.
 test-slow: $(READY) tools
 	$(BIN)/python -m pytest -m "slow and not faults" tests
+
+# The way to a cluster, on this machine: pretended nodes, and an autoscaler that starts them.
+test-road: $(READY)
+	$(BIN)/python -m pytest -m road tests/road
 
 # Kills workers, machines and drivers at random times for ten minutes.
 test-faults: $(READY)

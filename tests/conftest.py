@@ -24,7 +24,7 @@ from tests.support import s3_server
 from tests.support.s3_server import Server
 
 # Of a test with this mark and no limit of its own.
-LIMITS_S = {"faults": 1800, "slow": 900, "ray": 900}
+LIMITS_S = {"faults": 1800, "road": 900, "slow": 900, "ray": 900}
 
 
 def pytest_configure() -> None:

@@ -34,7 +34,7 @@ WHEN = {
     # All jobs.
     "ray.address": "The work belongs on a cluster, and RAY_ADDRESS is not set",
     "ray.cpus": "Leave processors to others on a shared machine",
-    "ray.wait": "Machines with GPUs take longer, or shorter, to start",
+    "ray.wait": "Machines take longer, or shorter, to start",
     "precision": "Two machines must agree to the last digit: `float32`",
     "gpu": "`false` keeps a shared GPU free; `true` fails rather than use CPUs",
     "batch_size": "GPU memory runs out (smaller), or a large GPU idles (larger)",

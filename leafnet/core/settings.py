@@ -144,8 +144,8 @@ class RaySettings(Settings):
     wait: float = Field(
         900.0,
         ge=0,
-        description="with --gpu true: how long to wait for the cluster to start machines with "
-        "GPUs [s]",
+        description="how long to wait for a cluster to start machines: with CPUs if it has none, "
+        "with --gpu true also with GPUs [s]",
     )
 
 

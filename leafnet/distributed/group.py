@@ -23,7 +23,7 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.core.interrupts import raise_if_asked
 from leafnet.core.terminal import duration, say
-from leafnet.distributed import checkpoint, heartbeat, ray_train, worker
+from leafnet.distributed import checkpoint, heartbeat, ray_train, resources, worker
 from leafnet.distributed.failures import (
     RESTARTS,
     End,
@@ -36,6 +36,7 @@ from leafnet.distributed.failures import (
 )
 from leafnet.distributed.heartbeat import Desk, Seen, Sign
 from leafnet.distributed.ray_train import TensorflowConfig, Trainer, free_place, tell_ray_train
+from leafnet.distributed.resources import Node
 from leafnet.distributed.worker import LONGEST_WAIT_S, Loop, passes, work
 
 _POLL_S = 0.25
@@ -446,12 +447,12 @@ def _room(cpus: float, gpu: bool) -> int:
     gone = ray_train.draining()
     free = ray_train.free_resources()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    count = 0
-    for node, has in free.items():
-        if node in alive and node not in gone:
-            fits = int(has.get("CPU", 0.0) / cpus + 1e-6)
-            count += min(fits, int(has.get("GPU", 0.0))) if gpu else fits
-    return count
+    nodes = [
+        Node(has.get("CPU", 0.0), has.get("GPU", 0.0))
+        for node, has in free.items()
+        if node in alive and node not in gone
+    ]
+    return resources.room(nodes, cpus, gpu=gpu)
 
 
 def _kill(sign: Sign) -> None:

@@ -21,9 +21,6 @@ from leafnet.data.shards import Shard, ShardIndex
 from leafnet.distributed import resources
 from leafnet.distributed.resources import Machines
 
-# Less than what `resources.machines` leaves beside the actors, also on a single CPU.
-_DECODE_CPUS = 0.25
-
 
 def over_shards(
     index: ShardIndex,
@@ -61,14 +58,12 @@ def over_shards(
                 yield from _decoded_groups(index, shard, groups, image_size, decoder)
 
     largest = max(max(shard.row_groups) for shard in wanted_shards)
-    # A task for each part of a CPU that the actors leave.
-    decoders = max(1, machines.actors * machines.threads_per_actor * (4 if machines.gpus else 1))
     with resources.bounded_store(
-        largest * image_size**2 * 3, actors=machines.actors, decoders=decoders
+        largest * image_size**2 * 3, actors=machines.actors, decoders=machines.decoders
     ):
         return (
             ray.data.from_arrow(items)
-            .map_batches(decode_shard, batch_size=1, num_cpus=_DECODE_CPUS)
+            .map_batches(decode_shard, batch_size=1, num_cpus=machines.cpus_per_decode)
             .map_batches(
                 actor,
                 batch_size=1,

@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +17,20 @@ import ray
 import ray.autoscaler.sdk
 import ray.data
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from leafnet.core.errors import UserError
 from leafnet.core.hardware import local_precision
 from leafnet.core.settings import RaySettings, worker_range
+from leafnet.core.terminal import say
+from leafnet.distributed import resources
 from leafnet.distributed.resources import Node
 
 _WAIT_POLL_S = 1.0
+_ASK_S = 5.0  # between two looks at what the autoscaler does
+_PATIENCE_S = 20.0  # until an autoscaler has begun to start machines
+_TELL_S = 60.0
+_SEE_S = 120.0  # for a worker to import TensorFlow
 _CONNECT_S = 10.0
 
 _WORKER_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -179,42 +188,119 @@ def _nodes() -> list[Node]:
     ]
 
 
-def with_gpus(
-    nodes: list[Node],
-    gpu: bool | Literal["auto"],
-    workers: int | str,
-    settings: RaySettings,
-    say: Callable[[str], None],
+def with_room(
+    nodes: list[Node], gpu: bool | Literal["auto"], workers: int | str, settings: RaySettings
 ) -> list[Node]:
-    """`nodes`, or those of a cluster that was asked for GPUs and waited for, with `--gpu true`.
+    """`nodes`, or those of a cluster that was asked for what a job needs, and waited for.
 
-    The plan of a job is made once, when it starts: one that was made while the autoscaler has no
-    GPU would stay on CPUs. Without `--gpu true` nobody knows whether to wait.
+    A job is planned once, when it starts, on the nodes that are there: a cluster that is scaled to
+    zero has none. Where GPUs were counted that TensorFlow does not see, none are given.
+
+    Args:
+        nodes: of the cluster.
+        gpu: True: GPUs are needed. With `auto` nobody knows whether to wait for some.
+        workers: how many, or a range, of which the fewest are needed.
+        settings: how long to wait; a Ray of this job's own is not waited for.
+
+    Raises:
+        UserError: there is no room, and nothing is on its way; TensorFlow sees no GPU, and has to.
     """
     span = worker_range(workers)
-    wanted = span[0] if span else 1 if workers == "auto" else int(workers)
-    if gpu is not True or _gpus(nodes) >= wanted or _is_local(settings):
-        return nodes
-    until = time.monotonic() + settings.wait
-    say(
-        f"waiting   for {wanted} GPU{'s' * (wanted > 1)}, of which the cluster has "
-        f"{_gpus(nodes):g}, at most {settings.wait:g} s (--ray.wait)"
-    )
-    bundles = [{"GPU": 1}] * wanted
-    # Without an autoscaler nobody reads it.
-    ray.autoscaler.sdk.request_resources(bundles=bundles)
+    count = span[0] if span else 1 if workers == "auto" else int(workers)
+
+    def suffice(nodes: list[Node]) -> bool:
+        return resources.room(nodes, gpu=gpu is True) >= (count if gpu is True else 1)
+
+    if not suffice(nodes) and not _is_local(settings):
+        what = f"{count} GPU{'s' * (count > 1)}" if gpu is True else "CPUs"
+        say(
+            f"waiting   for {what}, at most {settings.wait:g} s (--ray.wait); the cluster has "
+            f"{resources.described(nodes)}"
+        )
+        # Without an autoscaler nobody reads it.
+        bundles = [{"CPU": 1, "GPU": 1} if gpu is True else {"CPU": 1}] * count
+        ray.autoscaler.sdk.request_resources(bundles=bundles)
+        try:
+            for found in _coming(settings.wait, before=nodes):
+                nodes = found
+                if suffice(nodes):
+                    break
+        finally:
+            # What runs keeps its machines; a request that stays would keep them for ever.
+            ray.autoscaler.sdk.request_resources(bundles=[])
+    if not suffice(nodes):
+        raise resources.no_room(nodes, count, gpu=gpu is True)
+    return _with_seen_gpus(nodes, gpu) if gpu else nodes
+
+
+def _coming(wait_s: float, *, before: list[Node]) -> Iterator[list[Node]]:
+    """The nodes of the cluster every second, while some are on their way."""
+    began = asked = told = time.monotonic()
+    coming = False
+    while (now := time.monotonic()) < began + wait_s:
+        time.sleep(_WAIT_POLL_S)
+        nodes = _nodes()
+        yield nodes
+        if now - asked > _ASK_S and not coming:
+            asked = now
+            coming = len(nodes) > len(before) or _are_pending()
+        if now - began > _PATIENCE_S and not coming:
+            return  # no autoscaler, or none that can bring what is needed
+        if now - told > _TELL_S:
+            told = now
+            say(
+                f"waiting   since {now - began:.0f} s; the cluster has {resources.described(nodes)}"
+            )
+
+
+def _are_pending() -> bool:
+    """True while the cluster's autoscaler, of whatever kind, starts machines."""
+    # What `ray status` prints has no other public form that autoscalers of both versions have.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status"]
+    command += ["--address", ray.get_runtime_context().gcs_address]
     try:
-        while _gpus(nodes) < wanted and time.monotonic() < until:
-            time.sleep(_WAIT_POLL_S)
-            nodes = _nodes()
-    finally:
-        # What runs keeps its machines; a request that stays would keep them for ever.
-        ray.autoscaler.sdk.request_resources(bundles=[])
-    return nodes
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    _, _, pending = done.stdout.partition("Pending:")
+    lines = pending.partition("Recent failures:")[0].strip()
+    return bool(lines) and "no pending nodes" not in lines
 
 
-def _gpus(nodes: list[Node]) -> float:
-    return sum(node.gpus for node in nodes)
+def _with_seen_gpus(nodes: list[Node], gpu: bool | Literal["auto"]) -> list[Node]:
+    """`nodes` without GPUs where TensorFlow in a worker sees none on some of them.
+
+    Ray counts what a machine has or was told to have, and not what the installation can use; it
+    could not be told to pass over such a machine.
+
+    Raises:
+        UserError: `gpu` is True.
+    """
+    task = ray.remote(num_cpus=0, num_gpus=1, max_calls=1, max_retries=0)(_count_gpus)
+    asked = {}
+    for node in _ray_nodes():
+        if node["Alive"] and node["Resources"].get("GPU", 0) >= 1:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(scheduling_strategy=here).remote()] = node["NodeManagerHostname"]
+    # GPUs that another job has do not answer, and were seen by it.
+    done, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=_SEE_S)
+    for one in waiting:
+        ray.cancel(one)
+    blind = sorted({asked[one] for one in done if not ray.get(one)})
+    if not blind:
+        return nodes
+    found = f"TensorFlow sees no GPU on {', '.join(blind)}, where Ray has some"
+    if gpu is True:
+        remedy = "jobs/doctor.py says there what is missing; give --gpu false to do without"
+        raise UserError("no-gpu", f"{found}; {remedy}")
+    say(f"device    {found}: all runs on CPUs")
+    return [node._replace(gpus=0.0) for node in nodes]
+
+
+def _count_gpus() -> int:
+    import tensorflow as tf
+
+    return len(tf.config.list_physical_devices("GPU"))
 
 
 def _is_local(settings: RaySettings) -> bool:
@@ -256,7 +342,7 @@ def on_node(
 ) -> "ray.ObjectRef[Any]":
     """`function` of `args` as a task on the node of this name, in a process of its own."""
     (node,) = (node for node in _ray_nodes() if node["NodeID"].startswith(name.split()[-1]))
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     task = ray.remote(num_cpus=cpus, max_calls=1)(_call)
     reference: ray.ObjectRef[Any] = task.options(scheduling_strategy=here).remote(function, *args)
     return reference

@@ -115,7 +115,7 @@ def run(settings: EvaluateSettings, *, data_set: str | None = None) -> None:
         _ways(settings, each, gpu=settings.gpu is True)
     terminal.keeps("nothing of the evaluation is kept")
     with _log(settings.out) as log, session.session(settings.ray) as found:
-        nodes = session.with_gpus(found, settings.gpu, "auto", settings.ray, say)
+        nodes = session.with_room(found, settings.gpu, "auto", settings.ray)
         document = _run_on(nodes, settings, model, other, index, places, splits, pattern)
         terminal.result(
             model=model.url, model_id=model.model_id, metrics=figures(document["splits"])

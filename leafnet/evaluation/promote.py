@@ -141,7 +141,8 @@ def _compare(
         )
     models = [candidate] + ([champion] if champion else [])
     log = Path(tempfile.mkdtemp(prefix="leafnet-")) / "promote.log"
-    with terminal.chatter_to(log), session.session(settings.ray) as nodes:
+    with terminal.chatter_to(log), session.session(settings.ray) as found:
+        nodes = session.with_room(found, settings.gpu, "auto", settings.ray)
         machines = resources.machines(nodes, settings.gpu)
         precision, why = predict.choose_precision(
             settings.precision,

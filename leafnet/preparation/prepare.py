@@ -118,7 +118,8 @@ def _prepare(
 ) -> tuple[ShardIndex, Plan, int]:
     """The index, the plan, and how many examples were read."""
     # The session ends first, and with it what writes to staging.
-    with _staging(out) as staging, session.session(settings.ray):
+    with _staging(out) as staging, session.session(settings.ray) as nodes:
+        session.with_room(nodes, False, "auto", settings.ray)
         plan, written, read = _make_shards(settings, listing, staging, out, held)
     _write_table(storage.join(out, REJECTED), plan.rejected)
     _write_table(storage.join(out, DUPLICATES), plan.duplicates)

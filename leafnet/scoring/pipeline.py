@@ -12,24 +12,21 @@ import ray.data
 from numpy.typing import NDArray
 
 from leafnet.core import interrupts
-from leafnet.core.errors import UserError
 from leafnet.data import isolated
 from leafnet.distributed import resources
-from leafnet.distributed.resources import Node
+from leafnet.distributed.resources import Machines
 from leafnet.models import tta
 from leafnet.models.bundle import Bundle
 from leafnet.models.engine import open_engine
 from leafnet.scoring import reading, thumbnails
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.rows import schema
-from leafnet.scoring.settings import ScoreSettings
 
 # Passes of the network in a stack, which is what goes from a decoding task to an actor.
 _BATCHES = 4
 _STACK_BYTES = 256_000_000
 # A decoding task makes at most so many: the next then goes to where there is room.
 _STACKS_PER_TASK = 4
-_DECODE_CPUS = 0.25  # beside a network on CPUs, which is what takes the time
 
 Pixels = NDArray[np.uint8]  # [B, S, S, 3]
 Array = NDArray[np.float32]
@@ -77,55 +74,7 @@ def batches(batch_size: int, image_size: int, photographs: int, actors: int) -> 
     return max(1, min(_BATCHES, fair, _STACK_BYTES // (batch_size * image_size**2 * 3)))
 
 
-class _Pool(NamedTuple):
-    """How the work is spread over the cluster."""
-
-    gpus: int  # 0: on CPUs
-    actors: int
-    threads_per_actor: int
-    cpus_per_actor: float
-    cpus_per_decode: float
-    decoders: int  # tasks that decode at the same time
-
-
-def make_pool(nodes: list[Node], settings: ScoreSettings) -> _Pool:
-    """Actors for the network, and CPUs that they leave to the tasks that feed them.
-
-    Without such CPUs the job would wait for ever, so the shares are cut until both fit.
-
-    Raises:
-        UserError: more workers than GPUs.
-    """
-    machines = resources.machines(nodes, settings.gpu)
-    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
-    actors = machines.actors
-    threads, share = machines.threads_per_actor, machines.cpus_per_actor
-    if settings.workers != "auto":
-        actors = settings.workers
-        if machines.gpus and actors > machines.gpus:
-            raise UserError(
-                "too-few-gpus",
-                f"--workers {actors}, but the cluster has {machines.gpus} GPUs; give fewer, or "
-                "--gpu false",
-            )
-        if not machines.gpus:
-            threads = max(1, int(cpus / actors))
-            share = min(0.75 * cpus / actors, 0.75 * largest)
-    threads = max(1, min(threads, int(largest)))
-    share = min(share, 0.75 * cpus / actors)
-    # Actors cannot be cut over nodes.
-    while sum(int(node.cpus / share) for node in nodes) < actors:
-        share *= 0.75
-    left = cpus - actors * share
-    wanted = settings.cpus_per_decode
-    if wanted == "auto":
-        wanted = 1.0 if machines.gpus else _DECODE_CPUS
-    # Some node has at least its part of what is left. Ray counts in ten-thousandths.
-    decode = int(min(wanted, left / len(nodes)) * 10_000) / 10_000
-    return _Pool(machines.gpus, actors, threads, share, decode, max(1, int(left / decode)))
-
-
-def scored_batches(chosen: pa.Table, model: Bundle, job: Job, pool: _Pool) -> Iterator[Result]:
+def scored_batches(chosen: pa.Table, model: Bundle, job: Job, pool: Machines) -> Iterator[Result]:
     """The photographs of `chosen` through decoder and network, a stack at a time, as they come."""
     stack_bytes = job.stack * job.image_size**2 * 3
     decode: Callable[..., Any] = _decode

@@ -45,7 +45,7 @@ from leafnet.scoring import (
 from leafnet.scoring import rows as scoring_rows
 from leafnet.scoring.ledger import Difference
 from leafnet.scoring.listing import Listing
-from leafnet.scoring.pipeline import Job, Result, batches, make_pool, scored_batches
+from leafnet.scoring.pipeline import Job, Result, batches, scored_batches
 from leafnet.scoring.report import write
 from leafnet.scoring.settings import ScoreSettings
 from leafnet.scoring.sheet import keep_thumbnails, shown
@@ -222,8 +222,13 @@ def _score(
     numbered = photographs.photographs.append_column("place", pa.array(np.arange(len(missing))))
     chosen = numbered.filter(pa.array(missing)).combine_chunks()
     with session.session(settings.ray) as found:
-        nodes = session.with_gpus(found, settings.gpu, settings.workers, settings.ray, say)
-        pool = make_pool(nodes, settings)
+        nodes = session.with_room(found, settings.gpu, settings.workers, settings.ray)
+        pool = resources.machines(
+            nodes,
+            settings.gpu,
+            actors=settings.workers,
+            cpus_per_decode=settings.cpus_per_decode,
+        )
         allowed = _ways(settings, model, gpu=pool.gpus > 0)
         engine, precision, why = fastest.choose(
             allowed,
@@ -385,7 +390,8 @@ def _explain(settings: ScoreSettings, model: Bundle, staging: Staging, held: Loc
     if not rows.num_rows:
         return
     try:
-        with session.session(settings.ray) as nodes:
+        with session.session(settings.ray) as found:
+            nodes = session.with_room(found, False, "auto", settings.ray)
             machines = resources.machines(nodes, False)
             task = ray.remote(num_cpus=machines.cpus_per_actor, max_retries=0)(explain.run)
             made: pa.Table = ray.get(

@@ -74,8 +74,10 @@ def run(plan: Plan) -> None:
     """
     began = time.monotonic()
     terminal.keeps("it was a dry run, there is nothing to keep")
-    with _quiet(), session.session(plan.settings.ray) as nodes:
+    with _quiet(), session.session(plan.settings.ray) as found:
         say(f"dry run   {plan.url}: nothing is trained, and nothing stays")
+        settings = plan.settings
+        nodes = session.with_room(found, settings.gpu, settings.workers, settings.ray)
         machines = _check_nodes(plan)
         chosen = allocate(plan, nodes)
         say_work(plan, chosen)

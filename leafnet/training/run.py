@@ -99,7 +99,7 @@ def open_run(plan: Plan, held: Lock, began: float) -> Iterator[Run]:
             session.session(settings.ray) as nodes,
             interrupts.sigterm_interrupts(),
         ):
-            nodes = session.with_gpus(nodes, settings.gpu, settings.workers, settings.ray, say)
+            nodes = session.with_room(nodes, settings.gpu, settings.workers, settings.ray)
             resources = allocate(plan, nodes)
             say_data(plan)
             say_work(plan, resources)

@@ -280,7 +280,7 @@ def test_checkpoints_that_are_gone_are_no_beginning(
     name = save(tmp_path / "head", 10)
     assert group._choose_checkpoint() == name
     group._attempt = 1
-    storage.delete(str(tmp_path / "head" / name))
+    checkpoint.delete(str(tmp_path / "head" / name))
     with pytest.raises(UserError, match="has no whole checkpoint any more"):
         group._choose_checkpoint()
 

@@ -1,6 +1,4 @@
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 from leafnet.core.errors import UserError
 from leafnet.core.settings import RaySettings
 from leafnet.data.shards import SPLITS
-from leafnet.distributed import resources, session
+from leafnet.distributed import session
 from leafnet.distributed.resources import Node
 from leafnet.training.head import worker
 from leafnet.training.head.state import TrainState
@@ -20,94 +18,12 @@ from leafnet.training.worker import Placement
 from tests.support.made_features import ROWS, head_jobs
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpu", "expected"),
-    [
-        ([Node(1, 0)], "auto", (0, 1, 1, 0.75)),
-        ([Node(2, 0)], "auto", (0, 1, 2, 1.5)),
-        ([Node(16, 0)], "auto", (0, 4, 4, 3.0)),
-        ([Node(16, 0), Node(6, 0)], False, (0, 5, 4, 3.0)),
-        ([Node(16, 4)], "auto", (4, 4, 3, 1.0)),
-        ([Node(16, 4)], False, (0, 4, 4, 3.0)),
-    ],
-)
-def test_actors_leave_cpus_to_decode(
-    nodes: list[Node], gpu: Any, expected: tuple[int, int, int, float]
-) -> None:
-    machines = resources.machines(nodes, gpu)
-    assert tuple(machines) == expected
-    assert machines.actors * machines.cpus_per_actor < sum(node.cpus for node in nodes)
-
-
-def test_a_gpu_that_is_asked_for_and_not_there() -> None:
-    with pytest.raises(UserError, match="the cluster has no GPU"):
-        resources.machines([Node(8, 0)], True)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "workers", "gpus", "expected"),
-    [
-        ([Node(2, 0)], "auto", 0, (1, 2.0)),
-        ([Node(2, 0)], 4, 0, (4, 0.5)),
-        ([Node(16, 4)], "auto", 4, (4, 4.0)),
-        # Of 12 each could have 6, but the smaller node has none such; nor a quarter less, 4.5.
-        ([Node(8, 0), Node(4, 0)], 2, 0, (2, 0.75 * 4.5)),
-        ([Node(5, 0)], 2, 0, (2, 2.0)),
-    ],
-)
-def test_workers(nodes: list[Node], workers: Any, gpus: int, expected: tuple[int, float]) -> None:
-    assert resources.workers_for(nodes, workers, gpus) == expected
-    count, share = expected
-    assert sum(int(node.cpus / share) for node in nodes) >= count
-
-
-def test_more_workers_than_gpus() -> None:
-    with pytest.raises(UserError, match=r"--workers 5, but the cluster has 4 GPUs"):
-        resources.workers_for([Node(16, 4)], 5, 4)
-
-
-# In a process of its own: this one is connected to another Ray.
-GROWING = """
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from ray.cluster_utils import Cluster
-from leafnet.core.settings import RaySettings
-from leafnet.distributed import session
-machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-settings = RaySettings(address=machines.address, wait=100)
-waiting = threading.Event()
-def tell(line):
-    print(line)
-    waiting.set()
-with session.session(settings) as found, ThreadPoolExecutor(1) as pool:
-    print(session.with_gpus(found, "auto", 2, settings, tell))
-    never = settings.model_copy(update={"wait": 0})
-    print(session.with_gpus(found, True, "auto", never, print))
-    planned = pool.submit(session.with_gpus, found, True, 2, settings, tell)
-    waiting.wait()
-    machines.add_node(num_cpus=1, num_gpus=2)
-    print(sorted(planned.result()))
-machines.shutdown()
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_gpus_that_a_cluster_has_to_start_are_waited_for() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", GROWING], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    alone, grown = [Node(1.0, 0.0)], [Node(1.0, 0.0), Node(1.0, 2.0)]
-    planned = [line for line in done.stdout.splitlines() if "Node(" in line]
-    assert planned == [str(nodes) for nodes in (alone, alone, grown)]
-    assert "waiting   for 2 GPUs, of which the cluster has 0, at most 100 s" in done.stdout
-
-
 def test_a_ray_of_the_jobs_own_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     nodes = [Node(2, 0)]
-    assert session.with_gpus(nodes, True, "auto", RaySettings(), print) == nodes
+    assert session.with_room(nodes, False, 7, RaySettings()) == nodes
+    with pytest.raises(UserError, match="no room for 1 worker with a GPU"):
+        session.with_room(nodes, True, "auto", RaySettings())
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from leafnet.core.errors import EXIT_IN_USE, EXIT_TOO_MANY_FAILED, UserError
 from leafnet.core.settings import parse, validate
 from leafnet.data import synthetic
 from leafnet.data.images import decode
-from leafnet.distributed.resources import Node
 from leafnet.metrics.scores import softmax
 from leafnet.metrics.thresholds import REVIEW_ALL, Review
 from leafnet.models import bundle, tta
@@ -198,40 +197,6 @@ def test_a_night_with_every_kind_of_bad_file(
     ]
     del before["_reports/latest.html"]
     assert {path: data for path, data in tree(out).items() if path in before} == before
-
-
-@pytest.mark.parametrize(
-    ("nodes", "changes"),
-    [
-        ([Node(2, 0)], {}),
-        ([Node(1, 0)], {}),
-        ([Node(2, 0)], {"workers": 2}),
-        ([Node(2, 0)], {"workers": 7, "cpus_per_decode": 4}),
-        ([Node(1, 1)], {}),
-        ([Node(16, 1), Node(3, 0)], {"cpus_per_decode": 2}),
-        ([Node(3, 0), Node(3, 0)], {"workers": 3}),
-        ([Node(2, 0), Node(64, 0)], {}),
-        ([Node(8, 4)], {"workers": 2}),
-    ],
-)
-def test_actors_leave_cpus_to_the_tasks_that_feed_them(
-    nodes: list[Node], changes: dict[str, Any]
-) -> None:
-    pool = pipeline.make_pool(nodes, settings("m", Path("in"), Path("out"), **changes))
-    assert pool.actors >= 1
-    assert pool.actors == changes.get("workers", pool.actors)
-    left = [node.cpus for node in nodes]
-    for _ in range(pool.actors):  # wherever Ray puts them
-        fullest = max(range(len(left)), key=lambda i: left[i])
-        left[fullest] -= pool.cpus_per_actor
-        assert left[fullest] >= 0
-    assert 0 < pool.cpus_per_decode <= max(left)
-    assert 1 <= pool.threads_per_actor <= max(node.cpus for node in nodes)
-
-
-def test_more_workers_than_gpus() -> None:
-    with pytest.raises(UserError, match="the cluster has 1 GPUs"):
-        pipeline.make_pool([Node(4, 1)], settings("m", Path("in"), Path("out"), workers=2))
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000])
