@@ -210,13 +210,20 @@ def fine_tune(run: Run, fitted: Fitted) -> Fitted:
         judged = _judge(run, network, tuned.head, fitted.result)
     result = replace(fitted.result, **judged.changes)
     scores = publish.scores(result, index)
-    tuning |= {
+    tuning = tuning | {
         "fingerprint": network.weights.fingerprint,
         "head_alone": publish.short(fitted.scores),
         "fine_tuned": publish.short(scores),
     }
     say(f"fine-tune {publish.gain(tuning)}")
-    return replace(fitted, network=network, head=judged.head, result=result, scores=scores)
+    return replace(
+        fitted,
+        network=network,
+        head=judged.head,
+        result=result,
+        scores=scores,
+        tuning=tuning,
+    )
 
 
 def _fine_tune(run: Run, fitted: Fitted) -> tuple[finetune_worker.Tuned, list[Restart]]:
