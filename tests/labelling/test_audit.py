@@ -1,5 +1,6 @@
 """How right nights are by answers: drawn fairly, added up, kept and told."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import pyarrow as pa
 import pytest
 
 from leafnet.core import storage
-from leafnet.labelling import audit
+from leafnet.core.settings import validate
+from leafnet.labelling import answers, audit, review
 from leafnet.labelling.audit import Audit
+from leafnet.labelling.settings import ReviewSettings
 from leafnet.scoring import audits, ledger, report
 from leafnet.scoring.night import read
+from tests.conftest import leaf_jpeg
 from tests.support import stored
 from tests.support.markup import check
 
@@ -134,3 +138,43 @@ def test_what_was_found_is_kept_beside_the_night_and_told(
     storage.delete(file.url)
     audit.add_up("review-3", sample, dict.fromkeys(sample.photographs, TRUE))
     assert "has no nights any more" in capfd.readouterr().out
+
+
+def test_a_review_with_an_audit_and_its_answers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images, out, folder = tmp_path / "in", tmp_path / "predictions", tmp_path / "review"
+    names = [f"field-{i % 2}/leaf_{i:02d}.jpg" for i in range(40)]
+    for i, name in enumerate(names):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(leaf_jpeg(stored.CLASSES[i % 3], seed=i, size=48))
+    stored.write_night(
+        out, "2026-11-24", images=str(images), names=names, field=r"(field-\d)/", failed=1
+    )
+    (images / names[5]).unlink()
+    asked = {"predictions": str(out), "count": 4, "audit": 12, "out": str(folder)}
+    review.choose(validate(ReviewSettings, asked), str(out), str(folder))
+    said = capfd.readouterr().out
+    assert "chosen    4 of 39 photographs" in said
+    assert "audit     12 photographs that chance chose are among them" in said
+    sample = answers._read_review(str(folder)).audit
+    assert sample is not None
+    shown = list(sample.photographs.values())
+    assert sum(one.chosen for one in shown) == 4
+    assert sum(one.drawn for one in shown) == 12
+    assert sample.totals["all"] == {"": 39}
+    assert sum(sample.totals["field"].values()) == 39
+    rows = list(csv.DictReader((folder / "index.csv").open()))
+    assert [row["key"] for row in rows] == list(sample.photographs)
+    for row in rows:
+        assert sample.photographs[row["key"]].predicted == row["predicted"]
+        assert (folder / "photographs" / row["key"]).read_bytes() == Path(row["image"]).read_bytes()
+    # All are right but one of those that chance chose.
+    labels = {row["key"]: row["predicted"] for row in rows}
+    wrong = next(k for k, one in sample.photographs.items() if one.drawn and not one.chosen)
+    labels[wrong] = next(name for name in stored.CLASSES if name != labels[wrong])
+    audit.add_up(folder.name, sample, labels)
+    drawn = sum(one.drawn and not one.chosen for one in shown)
+    right = (4 + 35 * (drawn - 1) / drawn) / 39
+    assert f"audit     {100 * right:.1f} % of the labels of 2026-11-24" in capfd.readouterr().out
+    assert set(audits.read(str(out))[0]["groups"]) == {"all", "label", "field", "night"}
