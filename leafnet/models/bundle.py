@@ -220,11 +220,11 @@ def save(
     storage.write_bytes(storage.join(url, "MODEL_CARD.md"), model_card(description).encode())
     before = storage.list_names(url)
     storage.write_json(storage.join(url, "model.json"), description)
-    named = {entry["file"] for entry in described.values()}
-    for name in before:
-        if _OURS.fullmatch(name) and name not in named:
-            storage.delete(storage.join(url, name))
-    return str(description["model_id"])
+    for name in {name for name in before if _OURS.fullmatch(name)}.difference(
+        entry["file"] for entry in described.values()
+    ):
+        storage.delete(storage.join(url, name))
+    return identity
 
 
 def _described(data: bytes, suffix: str) -> dict[str, Any]:

@@ -41,7 +41,6 @@ def build(
         image_size: S, pixels.
         metadata: kept in the file, for who opens it.
     """
-    import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     weights = resnet.for_rgb(convolutions)
@@ -87,14 +86,18 @@ def build(
         x = x if name == "logits" else relu(x)
     apply("Softmax", [x], "probabilities", axis=1)
 
-    size, classes = image_size, head[-1][1].shape[0]
-    graph = helper.make_graph(
-        nodes,
-        "leafnet",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", size, size, 3])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes])],
-        constants,
-    )
+    shape: list[str | int | None] = ["N", image_size, image_size, 3]
+    classes = head[-1][1].shape[0]
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, shape)
+    out = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes])
+    return _file(helper.make_graph(nodes, "leafnet", [image], [out], constants), metadata)
+
+
+def _file(graph: Any, metadata: Mapping[str, str]) -> bytes:
+    """Make the file of a graph, and check it."""
+    import onnx
+    from onnx import helper
+
     model = helper.make_model(
         graph,
         producer_name="leafnet",

@@ -213,31 +213,16 @@ def confusion_png(
         size = 8.5 if with_text else 7.5
         axes.set_yticks(range(classes), names, size=size, color=INK)
         widest = max(map(len, names)) * size * 0.62 / 72  # inches, roughly
-        if widest < 0.95 * cell:
-            axes.set_xticks(range(classes), names, size=size, color=INK)
-        else:
-            axes.set_xticks(
-                range(classes),
-                names,
-                size=size,
-                color=INK,
-                rotation=90 if cell < 0.4 else 45,
-                ha="center" if cell < 0.4 else "right",
-                va="top" if cell < 0.4 else "center",
-                rotation_mode="default" if cell < 0.4 else "anchor",
-            )
+        turned: dict[str, Any] = {}
+        if widest >= 0.95 * cell:
+            turned = {"rotation": 45, "ha": "right", "va": "center", "rotation_mode": "anchor"}
+            if cell < 0.4:
+                turned = {"rotation": 90, "ha": "center", "va": "top"}
+        axes.set_xticks(range(classes), names, size=size, color=INK, **turned)
         axes.set_xlabel("predicted class", labelpad=8)
         axes.set_ylabel("true class", labelpad=8)
         if with_text:
-            for i, j in np.ndindex(classes, classes):
-                luminance = float(colours[i, j, :3] @ (0.299, 0.587, 0.114))
-                colour = "white" if luminance < 0.6 else INK
-                if counts[i, j]:
-                    count, share = f"{counts[i, j]:,}", _rounded(shares[i, j])
-                    axes.text(j, i + 0.04, count, ha="center", va="bottom", color=colour, size=9)
-                    axes.text(j, i + 0.07, share, ha="center", va="top", color=colour, size=7)
-                else:
-                    axes.text(j, i, "0", ha="center", va="center", color="#AAAAAA", size=8)
+            _write_cells(axes, counts, shares, colours)
         total, right = int(counts.sum()), int(counts.trace())
         lines = [f"{right:,} of {total:,} right" + (f" ({right / total:.1%})" if total else "")]
         if classes < of:
@@ -256,6 +241,24 @@ def confusion_png(
             size=11,
         )
         return _png(figure, tight=True)
+
+
+def _write_cells(
+    axes: Axes,
+    counts: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    colours: NDArray[np.float64],
+) -> None:
+    """Write the count and the share of the row into each cell."""
+    for i, j in np.ndindex(counts.shape):
+        luminance = float(colours[i, j, :3] @ (0.299, 0.587, 0.114))
+        colour = "white" if luminance < 0.6 else INK
+        if counts[i, j]:
+            count, share = f"{counts[i, j]:,}", _rounded(float(shares[i, j]))
+            axes.text(j, i + 0.04, count, ha="center", va="bottom", color=colour, size=9)
+            axes.text(j, i + 0.07, share, ha="center", va="top", color=colour, size=7)
+        else:
+            axes.text(j, i, "0", ha="center", va="center", color="#AAAAAA", size=8)
 
 
 def _confusion_colours(shares: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -276,9 +276,9 @@ class TrainSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="probability that precision_target holds for new photographs like those of "
-        "validation too, at the price of more review; none: no guarantee, it is missed about as "
-        "often as met [share]",
+        description="probability with which precision_target also holds for new photographs like "
+        "those of validation, at the price of more review [share]; none: no guarantee, so that "
+        "their accuracy may as well be a little lower as higher",
     )
     int8: bool = Field(
         False,
