@@ -6,6 +6,7 @@ KUBERAY below has, from its API reference (v1, KubeRay 1.7.0), the fields that t
 """
 
 import fnmatch
+import http.server
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -24,6 +26,7 @@ import click
 import jsonschema
 import kubernetes_validate
 import pytest
+import ray
 import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -557,12 +560,90 @@ def test_submit_script(tmp_path: Path, ray: str, deadline: str, code: int, stopp
     assert rest == ([f"job stop {match[1]}"] if stopped else [])
 
 
+class OneJob(http.server.BaseHTTPRequestHandler):
+    """As much of Ray's API as tells what became of a job."""
+
+    exit_code: int | None = None
+
+    def do_GET(self) -> None:
+        told: dict[str, Any] = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
+        if self.path.startswith("/api/jobs/"):
+            told = {
+                "type": "SUBMISSION", "entrypoint": "e", "status": "FAILED",
+                "submission_id": self.path.rsplit("/", 1)[1], "driver_exit_code": self.exit_code,
+            }  # fmt: skip
+        data = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.mark.parametrize(("own", "code"), [(4, 4), (2, 2), (1, 1), (-9, 1), (None, 1)])
+def test_submit_script_keeps_the_code_of_the_job(
+    tmp_path: Path, own: int | None, code: int
+) -> None:
+    """Ray's client asks an API on loopback; `ray job submit` ends with 1."""
+    (tmp_path / "ray").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ray").chmod(0o755)
+    handler = type("Handler", (OneJob,), {"exit_code": own})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        done = subprocess.run(
+            [CLUSTER / "nightly" / "submit.sh", "leafnet-score", "true"],
+            env=os.environ | {"PATH": path, "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        server.shutdown()
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("fails", range(6))
+def test_a_request_of_the_cronjob_may_fail(tmp_path: Path, fails: int) -> None:
+    """Whichever of its requests fails once, the night is followed to its end."""
+    *_, cronjob = documents(CLUSTER / "kuberay" / "nightly-cronjob.yaml")
+    (script,) = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    calls = tmp_path / "calls"
+    kubectl = f"""#!/bin/sh
+echo "$1" >> {calls}
+count=$(wc -l < {calls})
+[ "$count" -eq {fails} ] && exit 1
+case $1 in
+  create) echo rayjob.ray.io/night ;;
+  get) [ "$count" -lt 5 ] && echo "Running RUNNING" || echo "Complete SUCCEEDED" ;;
+esac
+"""
+    for name, text in (("kubectl", kubectl), ("sleep", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-eu", "-c", script],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_NAME": "a", "JOB_UID": "b"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "created rayjob.ray.io/night"
+    assert "no owner" not in done.stdout
+    asked = calls.read_text().split()
+    assert [asked.count(verb) for verb in ("create", "patch")] == [
+        1 + (fails == 1),
+        1 + (fails == 2),
+    ]
+
+
 def test_script_of_the_cronjob() -> None:
     *_, cronjob = documents(CLUSTER / "kuberay" / "nightly-cronjob.yaml")
     pod = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (script,) = pod["containers"][0]["args"]
     subprocess.run(["sh", "-n", "-c", script], check=True)
-    patch = re.search(r'--patch "(.*?)"\n', script, re.S)
+    patch = re.search(r'--patch "(.*?)" \|\|', script, re.S)
     assert patch
     told = subprocess.run(
         ["sh", "-c", f'printf %s "{patch[1]}"'],

@@ -161,6 +161,13 @@ def test_the_note_of_a_run_is_at_the_top(run: Path) -> None:
     assert page.all("b") == []
 
 
+def test_a_run_on_a_range_of_workers(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"workers": "1..4"}))
+    report.write(str(run))
+    assert "1..4 workers" in written(run).text
+
+
 def test_a_run_that_is_not_finished(run: Path, tmp_path: Path) -> None:
     (run / "run.json").unlink()
     for folder in (run, tmp_path / "nowhere"):
