@@ -22,6 +22,7 @@ from leafnet.core import storage
 from leafnet.core.errors import UserError
 from leafnet.metrics import drift
 from leafnet.metrics.nights import RATE, number_falls, share_differs
+from leafnet.metrics.rounding import apart
 from leafnet.reporting import charts, maps, pages
 from leafnet.scoring import audits, fields, ledger, shares, sheet, units
 from leafnet.scoring.ledger import Published
@@ -203,14 +204,16 @@ def _alarms(
     allowed = summary.get("settings", {}).get("max_failed")
     if allowed is not None and 100 * failed > allowed:
         warnings.append(
-            f"{pages.percent(failed)} of the photographs failed, more than the {allowed:g} % that "
-            "are allowed."
+            "{} % of the photographs failed, more than the {} % that are allowed.".format(
+                *apart(100 * failed, allowed, ".3g")
+            )
         )
     for entry in distributions:
         if entry["shift"] is not None and entry["shift"].is_large:
+            index, limit = apart(entry["shift"].psi, entry["shift"].limit, ".2f")
             warnings.append(
-                f"{entry['direction']} (population stability index {entry['shift'].psi:.2f}; a "
-                f"shift begins at {entry['shift'].limit:.2f}). {entry['caption']} Look at some "
+                f"{entry['direction']} (population stability index {index}; a shift begins at "
+                f"{limit}). {entry['caption']} Look at some "
                 "photographs before you trust the counts."
             )
     before = [one for one in earlier if one.scored]

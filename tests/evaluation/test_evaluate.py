@@ -266,6 +266,10 @@ def test_a_description_without_groups_or_pattern() -> None:
     assert list(scores["slices"]) == ["shorter side [pixels]", "folder"]
     found = intervals.intervals(examples.logits, examples.labels)
     assert scores["intervals"]["accuracy"] == list(found["accuracy"])
+    # What the run's table, its report and metrics.json show.
+    assert [scores["accuracy_low"], scores["accuracy_high"]] == scores["intervals"]["accuracy"]
+    grouped = describe(examples, NAMES, groups=np.array([0, 0, 1, 1, 2, 2, 3, 3]))
+    assert [grouped["accuracy_low"], grouped["accuracy_high"]] == grouped["intervals"]["accuracy"]
 
 
 def test_suspects_are_told_with_what_they_seem_to_be() -> None:
@@ -667,3 +671,20 @@ def test_the_evaluation_of_a_run_that_ends(
     # Three photographs of a class are too few for five folds.
     assert document["splits"]["test"]["background"] is None
     assert "background" not in scores
+
+
+def test_an_evaluation_of_ten_thousand_classes_is_of_bounded_size() -> None:
+    """On drawn answers: seven of ten right, three examples of each of 150 classes."""
+    generator = np.random.default_rng(0)
+    names = [f"species {i}" for i in range(10_000)]
+    labels = np.repeat(generator.choice(10_000, 150, replace=False), 3)
+    logits = generator.random((450, 10_000), np.float32)
+    said = np.where(generator.random(450) < 0.7, labels, (labels + 1) % 10_000)
+    logits[np.arange(450), said] += 12
+    keys, sizes = [f"{i}.jpg" for i in range(450)], np.full((450, 2), 9, np.int32)
+    groups = np.arange(450) // 2
+    for each in (None, groups):
+        scores = describe(Described(keys, labels, logits, sizes), names, groups=each)
+        assert len(json.dumps(scores)) < 5_000_000
+        low, high = scores["intervals"]["macro_f1"]
+        assert low < scores["macro_f1"] < high < 0.03, "9,850 of the classes count as 0"

@@ -277,3 +277,11 @@ def test_fine_tuning_without_a_validation_split(tmp_path: Path, data_set: ShardI
         "Fine-tuning all 4 stages and the stem took 1 epoch, and epoch 1 is published" in page.text
     )
     assert "Dotted" not in page.text
+
+
+def test_samples_of_more_classes_than_have_room(
+    data_set: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "_MAX_SAMPLES", 2)
+    found = pictures.samples(data_set)
+    assert [item.label for item in found] == [data_set.class_names[0], data_set.class_names[2]]
