@@ -27,8 +27,9 @@ from pydantic.fields import FieldInfo
 from leafnet.core import storage as core_storage
 from leafnet.core.errors import UserError
 from leafnet.core.storage import absolute, is_local
+from leafnet.core.urls import without_secret
 
-Url = str
+Url = Annotated[str, AfterValidator(without_secret)]
 Auto = Literal["auto"]
 
 
@@ -332,6 +333,8 @@ def _metavar(annotation: Any) -> str:
     """
     if annotation is type(None):
         return "none"
+    if typing.get_origin(annotation) is Annotated:
+        return _metavar(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return "|".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -414,6 +417,10 @@ def _explain(
     error: ValidationError, settings_class: type[Settings], where: str | None
 ) -> UserError:
     first, *more = error.errors(include_url=False)
+    for one in (first, *more):
+        told = one.get("ctx", {}).get("error")
+        if isinstance(told, UserError):  # it says all, and the value may be a secret
+            return told
     names = [name for name, _ in leaves(settings_class)]
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     given = ".".join(str(part) for part in first["loc"])

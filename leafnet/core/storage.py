@@ -22,7 +22,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -30,6 +29,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from leafnet.core import local
 from leafnet.core.errors import UserError
+from leafnet.core.urls import absolute as absolute
+from leafnet.core.urls import is_local as is_local
+from leafnet.core.urls import join as join
+from leafnet.core.urls import without_secret
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -47,7 +50,6 @@ _AHEAD = 8_000_000  # bytes of one request of a stream
 # Object stores answer after tens of milliseconds; so much is asked for at once.
 AT_ONCE = 16
 _CLIENTS = ("aiohttp", "google", "gcsfs", "azure", "adlfs", "paramiko")
-_SIGNATURES = ("x-amz-signature=", "x-goog-signature=", "signature=", "sig=")
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -60,45 +62,6 @@ class File(NamedTuple):
     size: int
 
 
-def absolute(url: str) -> str:
-    """`url` as every process of the job understands it: local paths are made absolute.
-
-    >>> absolute("s3://bucket/shards/")
-    's3://bucket/shards'
-    """
-    if is_local(url):
-        return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
-    _refuse_secret(url)
-    return url.rstrip("/")
-
-
-def _refuse_secret(url: str) -> None:
-    """Refuse a URL with a password or a signature: URLs are logged and stored."""
-    parts = urlsplit(url)
-    query = f"&{parts.query.lower()}"
-    if parts.password is not None or any(f"&{name}" in query for name in _SIGNATURES):
-        place = f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}"
-        raise UserError(
-            "secret-in-url",
-            f"a URL at {place} holds a password or a signature, which would end up in logs; give "
-            "it without, and the keys in the environment",
-        )
-
-
-def is_local(url: str) -> bool:
-    """True for a path or a file:// URL."""
-    return "://" not in url or url.startswith("file://")
-
-
-def join(url: str, *parts: str) -> str:
-    """`parts` below `url`.
-
-    >>> join("s3://bucket/runs/", "potato", "model")
-    's3://bucket/runs/potato/model'
-    """
-    return posixpath.join(url, *parts) if is_local(url) else "/".join((url.rstrip("/"), *parts))
-
-
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of `url` and the path in it.
 
@@ -107,7 +70,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """
     if is_local(url):
         return _filesystem("file", "{}", os.getpid()), absolute(url)
-    _refuse_secret(url)
+    without_secret(url)
     protocol = url.split("://", 1)[0]
     try:
         fs = _filesystem(protocol, json.dumps(_options(protocol, url)), os.getpid())

@@ -30,7 +30,7 @@ class ReviewSettings(Settings):
         description="the model that scored the nights, for its features; none: the one named in "
         "the summary of the newest night",
     )
-    image_prefix: str | None = Field(
+    image_prefix: Url | None = Field(
         None,
         description="what the labelling tool needs before the name of a photograph to show it; "
         "none: the prefix of Label Studio's local files in the folder of --out, or the URL of "

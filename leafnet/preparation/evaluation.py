@@ -29,7 +29,10 @@ def data_set(listing: Listing, *, beside: str | None, ray: RaySettings) -> Itera
     from leafnet.preparation import prepare  # takes seconds, as it needs Ray
 
     own = f"{storage.absolute(beside)}.data" if beside else tempfile.mkdtemp(prefix="leafnet-")
-    out = storage.join(own, "shards")
+    out, mark = storage.join(own, "shards"), storage.join(own, ".leafnet-data")
+    if beside:
+        storage.delete_folder(own, mark=mark)  # of a start that was killed
+        storage.write_bytes(mark, b"")
     try:
         settings = PrepareSettings(
             source=listing.source, out=out, split="0/0/100", duplicates="report", ray=ray
@@ -38,6 +41,6 @@ def data_set(listing: Listing, *, beside: str | None, ray: RaySettings) -> Itera
         yield out
     finally:
         if beside:
-            storage.delete(own)
+            storage.delete_folder(own, mark=mark)
         else:
             shutil.rmtree(own, ignore_errors=True)

@@ -230,7 +230,7 @@ class TrainSettings(Settings):
     shards: Shards
     out: Url = Field("runs", description="folder or URL of all runs")
     name: str = Field(description="name of this run and of its folder in --out")
-    weights: str = Field(
+    weights: Url = Field(
         "imagenet",
         description="weights of the ResNet50: imagenet, random, or path or URL of an .h5 or "
         ".weights.h5 file",

@@ -827,3 +827,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "--ray.cpus INT|none logical CPUs",
     ):
         assert line in shown
+
+
+def test_no_setting_that_is_a_url_holds_a_secret(tmp_path: Path) -> None:
+    """It is refused before a configuration, a log or a tracker is written, and not shown."""
+    for name in ("shards", "out", "weights", "cache.url"):
+        for url in ("s3://key:hushhush@bucket/a", "https://host/a?sig=hushhush"):
+            nested: Any = {"url": url} if name == "cache.url" else url
+            values = {"shards": "a", name.partition(".")[0]: nested}
+            with pytest.raises(UserError, match="holds a password or a signature") as told:
+                validate(TrainSettings, values)
+            assert told.value.reason == "secret-in-url"
+            assert "hushhush" not in str(told.value)

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from leafnet.core import s3, storage
 from leafnet.core.errors import UserError
+from leafnet.core.urls import without_secret
 from tests.conftest import make_bucket, use_server
 from tests.support.s3_server import Proxy, Server, free_port, has_radosgw
 
@@ -510,6 +511,14 @@ def copied(url: str) -> bytes:
         "s3://key:hushhush@bucket/a",
         "ftp://me:hushhush@host/a",
         "https://bucket.s3.amazonaws.com/a?X-Amz-Expires=60&X-Amz-Signature=hushhush",
+        "s3://AKIAKEY:hush/hushhush+a@bucket/a",
+        "simplecache::https://me:hushhush@host/a",
+        "zip://a.jpg::https://host/a.zip?token=hushhush",
+        "https://hushhush@host/a",
+        "https://host/a?a=1&access_token=hushhush",
+        "https://host/a?a=1&api_key=hushhush&b",
+        "https://host/a?X-Amz-Security-Token=hushhush",
+        "https://host/a;sig=hushhush",
     ],
 )
 def test_a_url_with_a_secret_is_refused_without_showing_it(url: str) -> None:
@@ -517,6 +526,21 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(url: str) -> None:
         with pytest.raises(UserError, match="holds a password or a signature") as told:
             call(url)
         assert "hushhush" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a:b@c.jpg",
+        "https://host:8080/me@example.org/a:b.jpg",
+        "sftp://me@host:22/a@b",
+        "https://host/a?tokens=3&mysig=1&page=2",
+        "/data/a?token=1@b:c",
+        "in/a@b:c.jpg",
+    ],
+)
+def test_a_url_without_a_secret_is_left_alone(url: str) -> None:
+    assert without_secret(url) == url
 
 
 def test_a_local_folder_that_cannot_be_written(tmp_path: Path) -> None:
