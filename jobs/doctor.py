@@ -8,7 +8,7 @@ EXAMPLES = """\
   python jobs/doctor.py --storage s3://bucket/runs
   python jobs/doctor.py --ray.address auto --json
 exit codes:
-  0 nothing is wrong, or warnings only; 2 a fault
+  0 no fault, or warnings only; 2 something is wrong
 """
 job = Job(DoctorSettings, "leafnet.doctor", __doc__, EXAMPLES)
 

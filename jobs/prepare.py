@@ -9,7 +9,7 @@ EXAMPLES = """\
   python jobs/prepare.py --source s3://bucket/photos --out s3://bucket/shards --split 70/15/15
   python jobs/prepare.py --source photos --out data/shards --group "plant_([0-9]+)"
 exit codes:
-  0 done, or nothing to do; 2 a setting or file is wrong; 3 another job is at work on --out;
+  0 done, or nothing to do; 2 a setting or file is wrong; 3 another job is using --out;
   130 interrupted
 """
 

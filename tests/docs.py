@@ -125,7 +125,7 @@ WHEN = {
     # score
     "images": "Always given",
     "score:out": "Always given",
-    "date": "A night is made up for later",
+    "date": "A missed night is scored later",
     "retries": "The store fails often (more)",
     "max_failed": "Cameras that send broken files every night (higher)",
     "unit": "Several photographs show one plant or plot, and one answer is wanted",

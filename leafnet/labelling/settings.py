@@ -44,8 +44,8 @@ class ReviewSettings(Settings):
     audit: int = Field(
         0,
         ge=0,
-        description="photographs that chance chooses beside them, to tell how many labels of the "
-        "nights are right once they are answered [photographs]",
+        description="photographs chosen at random as well, whose answers show how many labels of "
+        "the nights are right [photographs]",
     )
     photographs: Url | None = Field(
         None,

@@ -58,13 +58,13 @@ class ScoreSettings(Settings):
     )
     unit: str | None = Field(
         None,
-        description="what tells the plant or plot of a photograph, for one verdict of all that "
-        "show it: a regular expression on its URL, or a GeoJSON file as for --field",
+        description="how to find the plant or plot of a photograph, for one verdict on all its "
+        "photographs: a regular expression on the URL, or a GeoJSON file as for --field",
     )
     field: str | None = Field(
         None,
-        description="what tells the field of a photograph, for the report's table by field: a "
-        "regular expression on its URL, or a GeoJSON file of polygons with the property name",
+        description="how to find the field of a photograph, for a table by field in the report: a "
+        "regular expression on the URL, or a GeoJSON file of polygons with the property name",
     )
     gpu: Gpu = "auto"
     workers: Count = Field(
