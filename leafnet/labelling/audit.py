@@ -123,6 +123,8 @@ def add_up(name: str, audit: Audit, labels: Mapping[str, str]) -> None:
             "nights": audit.nights,
             "model_id": audit.model_id,
             "drawn": len(drawn),
+            "drawn_answered": answered,
+            "drawn_right": sum(labels.get(k) == audit.photographs[k].predicted for k in drawn),
             "answered": len(labels.keys() & audit.photographs.keys()),
             "groups": groups,
         },

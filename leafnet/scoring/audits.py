@@ -10,6 +10,7 @@ from leafnet.core import storage
 from leafnet.metrics.estimate import Estimate
 
 AUDITS = "_audits"
+_CHANCE = 0.001
 
 
 def keep(out: str, name: str, document: Mapping[str, Any]) -> str:
@@ -26,10 +27,21 @@ def read(out: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda audit: (max(audit["nights"]), audit["made_at"]))
 
 
-def newest_accuracy(out: str) -> dict[str, float] | None:
-    """Of the nights audited last, for a summary; None: nobody has looked."""
-    found = read(out)
-    return dict(Estimate(*found[-1]["groups"]["all"][""]["accuracy"])._asdict()) if found else None
+def newest(out: str, model: Mapping[str, Any]) -> dict[str, float] | None:
+    """Accuracy of the nights audited last, for a summary; None: nobody has looked.
+
+    With 1 under `alarm` where labels are wrong more often than on the test split, else 0.
+
+    Args:
+        out: folder of the predictions.
+        model: of the summary; of another model nothing is told.
+    """
+    found = [audit for audit in read(out) if audit["model_id"] == model["model_id"]]
+    if not found:
+        return None
+    accuracy = Estimate(*found[-1]["groups"]["all"][""]["accuracy"])
+    alarm = is_alarming(found[-1], model.get("calibration", ()))
+    return {**accuracy._asdict(), "alarm": float(alarm)}
 
 
 def of_night(out: str, date: str, model_id: str) -> dict[str, Any] | None:
@@ -51,17 +63,29 @@ def of_night(out: str, date: str, model_id: str) -> dict[str, Any] | None:
     return found[-1] | {"groups": groups, "accuracy": groups["all"][""]["accuracy"]}
 
 
+def is_alarming(audit: Mapping[str, Any], calibration: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether fewer labels are right than on the test split, by more than chance.
+
+    Fisher's exact test of those that chance chose: one in a thousand unchanged nights, at most, is
+    called so.
+    """
+    # Half a second of the start of every job that may need it.
+    from scipy.stats import fisher_exact
+
+    tested = sum(entry["count"] for entry in calibration)
+    right = round(sum(entry["count"] * entry["accuracy"] for entry in calibration))
+    looked, found = audit["drawn_answered"], audit["drawn_right"]
+    table = [[found, looked - found], [right, tested - right]]
+    return bool(fisher_exact(table, alternative="less").pvalue < _CHANCE)
+
+
 def alarms(audit: Mapping[str, Any] | None, calibration: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a person should know first: labels that are wrong more often than on the test split."""
+    if audit is None or not is_alarming(audit, calibration):
+        return []
     tested = sum(entry["count"] for entry in calibration)
-    if audit is None or not tested:
-        return []
     expected = sum(entry["count"] * entry["accuracy"] for entry in calibration) / tested
-    found: Estimate = audit["accuracy"]
-    if found.high >= expected:
-        return []
     return [
-        f"People looked at {audit['answered']:,} photographs, and {100 * found.value:.0f} % of the "
-        f"night's labels are right by that, {100 * found.high:.0f} % at most; on the test split it "
-        f"was {100 * expected:.0f} %."
+        f"Of {audit['drawn_answered']:,} photographs that chance chose, people found "
+        f"{audit['drawn_right']:,} labels right; on the test split it was {100 * expected:.0f} %."
     ]

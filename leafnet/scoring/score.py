@@ -469,7 +469,7 @@ def _publish(
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         "expected_accuracy": shares.expected_accuracy(summary["published"], summary["model"]),
-        "audited_accuracy": audits.newest_accuracy(settings.out),
+        "audited_accuracy": audits.newest(settings.out, summary["model"]),
     }
     storage.write_json(_summary_url(settings.out, staging.run_id), summary)
     report = pages.place_of(lambda: write(settings.out, staging.date))

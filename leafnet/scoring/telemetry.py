@@ -67,7 +67,10 @@ METRICS = {
         "bound",
     ),
     "leafnet_audited_accuracy": Metric(
-        "gauge", "accuracy by people's answers, of the nights audited last [0 to 1]", "bound"
+        "gauge",
+        "accuracy by people's answers, of the nights audited last, its 95 % interval, and `alarm`: "
+        "1 where it is under that of the test split by more than chance [0 to 1]",
+        "bound",
     ),
     "leafnet_images_per_second": Metric(
         "gauge", "speed of the last night by stage, as in its summary [images/s]", "stage"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_what_was_found_is_kept_beside_the_night_and_told(
     assert kept["groups"]["label"]["healthy"]["accuracy"][0] == 0
     page = check(Path(report.url(str(tmp_path), "2026-11-24")).read_bytes())
     assert "People looked at 60 photographs, 60 of them chosen by chance" in page.text
-    assert "on the test split it was" in page.text  # two thirds are far less than that
+    assert "people found 37 labels right; on the test split it was" in page.text
     # More answers to the same take its place.
     audit.add_up("review-1", sample, dict.fromkeys(sample.photographs, TRUE))
     assert len(audits.read(str(tmp_path))) == 1
@@ -178,3 +179,23 @@ def test_a_review_with_an_audit_and_its_answers(
     right = (4 + 35 * (drawn - 1) / drawn) / 39
     assert f"audit     {100 * right:.1f} % of the labels of 2026-11-24" in capfd.readouterr().out
     assert set(audits.read(str(out))[0]["groups"]) == {"all", "label", "field", "night"}
+
+
+@pytest.mark.parametrize("looked", [20, 50, 200])
+def test_of_a_thousand_unchanged_nights_at_most_one_alarms(looked: int) -> None:
+    rng = np.random.default_rng(0)
+    # How often each outcome comes, of nights as right as the test split, which was drawn as well.
+    draws = zip(rng.binomial(300, 0.9, 3000), rng.binomial(looked, 0.9, 3000), strict=True)
+    outcomes = Counter(draws)
+    alarms = sum(
+        times
+        for (of_test, right), times in outcomes.items()
+        if audits.is_alarming(
+            {"drawn_answered": looked, "drawn_right": int(right)},
+            [{"count": 300, "accuracy": of_test / 300}],
+        )
+    )
+    assert alarms <= 3
+    half = {"drawn_answered": looked, "drawn_right": looked // 2}
+    assert audits.is_alarming(half, [{"count": 300, "accuracy": 0.9}])
+    assert not audits.is_alarming(half, [])
