@@ -66,7 +66,8 @@ def check(found: list[dict[str, Any]]) -> None:
 
 def test_duckdb(nights: None) -> None:
     with duckdb.connect() as connection:
-        check(connection.execute(f"select * {line('DuckDB')}").to_arrow_table().to_pylist())
+        table: Any = connection.execute(f"select * {line('DuckDB')}").to_arrow_table()
+        check(table.to_pylist())
         said = connection.execute(
             "select struct_extract_at(probabilities, 3), struct_extract_at(probabilities, 4) "
             f"{line('DuckDB')} where model_id = '{'a' * 16}' and label is not null"
@@ -82,7 +83,7 @@ def test_pyarrow_and_pandas(nights: None) -> None:
 
 def test_polars(nights: None) -> None:
     pl = pytest.importorskip("polars", reason="polars is not installed: its line is not tried")
-    frame = eval(line("polars"), {"pl": pl, "glob": glob}).collect()
+    frame: Any = eval(line("polars"), {"pl": pl, "glob": glob}).collect()
     check(frame.to_dicts())
 
 

@@ -395,5 +395,7 @@ def test_pictures_that_cannot_be_drawn_stand_in_nobodys_way(
 def test_very_many_classes_have_no_biases() -> None:
     made = complete()
     logits = np.zeros((9, 101), np.float32)
-    made.answers["valid"] = made.answers["test"] = type(made.answers["valid"])(logits, np.arange(9))
+    made.answers["valid"] = made.answers["test"] = type(made.answers["valid"])(
+        logits, np.arange(9, dtype=np.int32)
+    )
     assert publish.bias(made) == {}
