@@ -21,7 +21,6 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
@@ -119,6 +118,7 @@ class Fingerprint:
         width: in pixels, EXIF orientation applied.
         height: likewise.
         format: as in `Photo`.
+        note: what a person should know of pixels that are hardly those of a photograph.
     """
 
     pixels_sha256: str
@@ -127,6 +127,7 @@ class Fingerprint:
     width: int
     height: int
     format: str
+    note: str | None = None
 
 
 def decode(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Photo:
@@ -196,10 +197,31 @@ def fingerprint(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Fingerprint:
             pixels_sha256=sha256.hexdigest(),
             perceptual_hash=upright,
             turned_hashes=tuple(turned),
+            note=_note(data, picture.image, grey),
             width=picture.width,
             height=picture.height,
             format=picture.format,
         )
+
+
+def _note(data: bytes, image: Image.Image, grey: Image.Image) -> str | None:
+    """What to tell of a picture whose pixels a person would not expect; `grey` is made of it."""
+    tags: Any = getattr(image, "tag_v2", {})
+    geographic = any(tag in tags for tag in (33550, 33922, 34264, 34735))
+    if geographic and image.mode == "RGBA":
+        return (
+            "a GeoTIFF whose 4th band is tagged alpha, and so mixed with white; if it is near "
+            "infrared, export red, green and blue alone"
+        )
+    of_16_bits = image.mode.startswith("I") or max(np.atleast_1d(tags.get(258, 8))) == 16
+    of_16_bits |= data.startswith(b"\x89PNG") and data[24] == 16
+    extrema: Any = grey.getextrema()
+    if of_16_bits and extrema[1] < 16:
+        return (
+            "16-bit values below 4,096 come out nearly black; stretch 12-bit values to 16 bits, or "
+            "export 8 bits"
+        )
+    return None
 
 
 def _perceptual_hashes(grey: Image.Image) -> list[int]:
@@ -209,6 +231,8 @@ def _perceptual_hashes(grey: Image.Image) -> list[int]:
     pixels are above their median. Mirrored, each second one of them changes its sign; mirrored at
     the diagonal, they are transposed.
     """
+    import scipy.fft  # takes a second, and only who prepares needs it
+
     pixels = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = scipy.fft.dct(scipy.fft.dct(pixels, axis=0), axis=1)[:8, :8]
     signs = np.where(np.arange(8) % 2, -1.0, 1.0)

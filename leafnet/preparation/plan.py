@@ -79,7 +79,7 @@ def decide(read: pa.Table, policy: Policy, *, has_splits: bool, source: str) -> 
     split, notes = assign_splits(examples, ~gone, pairs, policy, has_splits)
     _check_balance(read, rejected, gone, split)
     if not evaluation:
-        _check_training(examples, split, dropped["other-label"], source)
+        _check_training(examples, split, dropped, source)
     counts = {
         name: {
             class_name: int(np.sum((split == i) & (examples.label == c)))
@@ -162,17 +162,28 @@ def _check_classes(examples: Examples, listed: set[str], source: str, *, evaluat
         )
 
 
-def _check_training(examples: Examples, split: Ints, dropped: Bools, source: str) -> None:
+def _check_training(
+    examples: Examples, split: Ints, dropped: dict[str, Bools], source: str
+) -> None:
     trained = np.bincount(examples.label[split == TRAIN], minlength=len(examples.class_names))
     for number in np.flatnonzero(trained == 0).tolist():
         of_class = examples.label == number
         why = "add photographs, or see --duplicates, --split and --group"
-        if (twice := np.flatnonzero(of_class & dropped)).size:
+        for reason, what in (
+            ("other-label", "under another label"),
+            ("other-split", "in another split"),
+        ):
+            twice = np.flatnonzero(of_class & dropped[reason])
+            if not twice.size:
+                continue
             first = int(twice[0])
-            same = (examples.pixels == examples.pixels[first]) & ~of_class
+            same = examples.pixels == examples.pixels[first]
+            same &= (
+                ~of_class if reason == "other-label" else examples.split != examples.split[first]
+            )
             other = examples.keys[int(np.flatnonzero(same)[0])] if same.any() else "another"
             why = (
-                f"{twice.size:,} were dropped since the same picture is under another label, such "
+                f"{twice.size:,} were dropped since the same picture is {what}, such "
                 f"as {examples.keys[first]} and {other}: remove one of the two"
             )
         raise UserError(

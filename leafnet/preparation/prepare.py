@@ -72,6 +72,7 @@ _READ_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.string()),  # of the file
+        ("note", pa.string()),  # what a person should know of its pixels
         # Where its bytes are staged; null where there is a reason.
         ("file", pa.int64()),
         ("offset", pa.int64()),
@@ -165,7 +166,7 @@ def _make_shards(
     )
     metadata = read.select(examples.READ_SCHEMA.names)
     plan = _decide(metadata, policy, listing, out)
-    for note in plan.notes:
+    for note in (*plan.notes, *_notes_of_pixels(read)):
         say(note)
     held.check()
     storage.delete(storage.join(out, shards.INDEX_NAME))
@@ -174,6 +175,16 @@ def _make_shards(
             storage.delete(storage.join(out, name))
     written = _write(read, plan, staging, out, row_group=settings.row_group)
     return plan, written, read.num_rows
+
+
+def _notes_of_pixels(read: pa.Table) -> list[str]:
+    """A line for each kind of pixels that are hardly those of a photograph."""
+    told = read.filter(pc.is_valid(read["note"])).sort_by("key")
+    keys, kinds = told["key"].to_pylist(), told["note"].to_pylist()
+    return [
+        f"warning: {count:,} photographs, such as {keys[kinds.index(note)]}: {note}"
+        for note, count in Counter(kinds).items()
+    ]
 
 
 def _decide(read: pa.Table, policy: Policy, listing: Listing, out: str) -> Plan:
@@ -459,6 +470,7 @@ def _row(
         "pixels_sha256": found.pixels_sha256,
         "perceptual_hash": found.perceptual_hash,
         "turned_hashes": list(found.turned_hashes),
+        "note": found.note,
         "width": found.width,
         "height": found.height,
         "sha256": storage.sha256(sample.image),

@@ -51,7 +51,12 @@ def check(settings: TrainSettings) -> Plan | None:
 
 def _check_data(index: ShardIndex) -> None:
     if not index.examples("train"):
-        raise UserError("no-training-data", f"{index.root} has no training images")
+        there = ", ".join(split for split in shards.SPLITS if index.examples(split)) or "nothing"
+        raise UserError(
+            "no-training-data",
+            f"{index.root} has no training images ({there} only): it is for evaluation, by "
+            "jobs/evaluate.py; give a data set with train",
+        )
     if len(index.class_names) < 2:
         raise UserError(
             "one-class",

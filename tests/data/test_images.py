@@ -1181,3 +1181,26 @@ def test_the_time_of_a_scan_is_before_that_of_the_latest_edit() -> None:
     sink = io.BytesIO()
     Image.new("RGB", (20, 20)).save(sink, "JPEG", exif=exif)
     assert decode(sink.getvalue(), 16).captured_at == datetime(2024, 5, 6, 7, 8, 9)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_12_bits_in_16_come_with_a_note(kind: str) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (20, 20)).astype(np.uint16)
+    note = fingerprint(encode(Image.fromarray(values), kind)).note
+    assert note is not None
+    assert note.startswith("16-bit values below 4,096 come out nearly black")
+    assert fingerprint(encode(Image.fromarray(values * 16), kind)).note is None
+    assert fingerprint(encode(Image.fromarray((values // 512).astype(np.uint8)), kind)).note is None
+
+
+def test_a_band_of_a_map_that_is_tagged_alpha_comes_with_a_note() -> None:
+    bands = np.random.default_rng(0).integers(0, 255, (20, 20, 4)).astype(np.uint8)
+    tags = ImageFileDirectory_v2()
+    tags[33550] = (0.1, 0.1, 0.0)  # pixel scale, as GeoTIFF has it
+    tags.tagtype[33550] = 12
+    plain = encode(Image.fromarray(bands), "TIFF")
+    geographic = encode(Image.fromarray(bands), "TIFF", tiffinfo=tags)
+    assert fingerprint(plain).note is None
+    note = fingerprint(geographic).note
+    assert note is not None
+    assert note.startswith("a GeoTIFF whose 4th band is tagged alpha")

@@ -562,6 +562,14 @@ def test_a_class_that_is_there_twice_is_told_with_a_pair() -> None:
         decide(rows)
 
 
+def test_a_class_whose_training_photographs_are_all_in_test_is_told_with_a_pair() -> None:
+    rows = given_splits(train=["c/x.jpg"], test=["c/y.jpg"])
+    rows = alike(rows, "twin", "train/c/x.jpg", "test/c/y.jpg")
+    told = "same picture is in another split, such as train/c/x.jpg and test/c/y.jpg: remove"
+    with pytest.raises(UserError, match=told):
+        decide(rows, has_splits=True)
+
+
 def test_classes_that_differ_in_case_alone_are_refused_when_they_are_read() -> None:
     """Tars tell their classes only then."""
     with pytest.raises(UserError, match="the classes A and a, which differ in case") as caught:
