@@ -74,10 +74,10 @@ def run(plan: Plan) -> None:
     """
     began = time.monotonic()
     terminal.keeps("it was a dry run, there is nothing to keep")
-    with _quiet(), session.session(plan.settings.ray) as found:
+    with _quiet(), session.session(plan.settings.ray) as nodes:
         say(f"dry run   {plan.url}: nothing is trained, and nothing stays")
         settings = plan.settings
-        nodes = session.with_room(found, settings.gpu, settings.workers, settings.ray)
+        nodes = session.with_room(nodes, settings.gpu, settings.workers, settings.ray)
         machines = _check_nodes(plan)
         chosen = allocate(plan, nodes)
         say_work(plan, chosen)
@@ -224,14 +224,14 @@ def _sample(index: ShardIndex) -> tuple[Shard, ...]:
 
 def _look(root: str, sample: tuple[Shard, ...], stores: tuple[str, ...]) -> Machine:
     """What the node is, once it has shown that it can read the data and write the results."""
-    found = hardware.look()
+    machine = hardware.look()
     for shard in sample:
         try:
             rows = shards.read_columns(root, shard, ["label"]).num_rows
         except FileNotFoundError:
             raise UserError(
                 "shards-not-shared",
-                f"{storage.join(root, shard.name)} is not on the machine {found.host}; give "
+                f"{storage.join(root, shard.name)} is not on the machine {machine.host}; give "
                 "--shards as a URL or on a shared disk",
             ) from None
         except pa.ArrowException as error:
@@ -248,7 +248,7 @@ def _look(root: str, sample: tuple[Shard, ...], stores: tuple[str, ...]) -> Mach
             )
     for store in stores:
         storage.try_rights(store)
-    return found
+    return machine
 
 
 def _measure(
@@ -328,19 +328,21 @@ def _plan_tuning(plan: Plan, chosen: Resources) -> _Tuning:
     )
 
 
-def _say_nodes(found: dict[str, Machine]) -> None:
-    for name, node in found.items():
+def _say_nodes(machines: dict[str, Machine]) -> None:
+    for name, node in machines.items():
         gpus = f"{len(node.gpus)} GPUs, " if node.gpus else ""
         say(
             f"node      {name}: {node.cores} cores, {gpus}{_gb(node.memory_free)} of "
             f"{_gb(node.memory)} memory and {_gb(node.disk_free)} of disk free"
         )
-    lines = hardware.differing({name: _comparable(node.versions) for name, node in found.items()})
+    lines = hardware.differing(
+        {name: _comparable(node.versions) for name, node in machines.items()}
+    )
     if lines:
         raise UserError(
             "versions-differ", f"{lines[0]}; install the same on all, see constraints.txt"
         )
-    versions = next(iter(found.values())).versions
+    versions = next(iter(machines.values())).versions
     shown = {name: versions[name] for name in ("python", "tensorflow", "keras", "ray", "leafnet")}
     say("versions  " + ", ".join(f"{name} {version}" for name, version in shown.items()))
 
@@ -350,8 +352,8 @@ def _comparable(versions: dict[str, str]) -> dict[str, str]:
     return versions | {"python": ".".join(versions["python"].split(".")[:2])}
 
 
-def _say_room(room: Room, run: str, cache: str, found: dict[str, Machine]) -> None:
-    folder = next(iter(found.values())).folder
+def _say_room(room: Room, run: str, cache: str, machines: dict[str, Machine]) -> None:
+    folder = next(iter(machines.values())).folder
     say(
         f"disk      {_mb(room.cache_new)} of features to come, {_mb(room.cache)} with those there, "
         f"in {cache}"
@@ -365,7 +367,7 @@ def _say_room(room: Room, run: str, cache: str, found: dict[str, Machine]) -> No
             "and decoded in each epoch"
         )
         say(f"          {_mb(room.checkpoints)} of checkpoints of fine-tuning in {run}")
-    least = min(node.memory_free for node in found.values())
+    least = min(node.memory_free for node in machines.values())
     say(f"memory    about {_gb(room.memory)} on a node; {_gb(least)} are free on the fullest")
     if room.memory > least:
         say(
@@ -373,8 +375,8 @@ def _say_room(room: Room, run: str, cache: str, found: dict[str, Machine]) -> No
         )
 
 
-def _refuse_small_disks(room: Room, run: str, cache: str, found: dict[str, Machine]) -> None:
-    for name, node in found.items():
+def _refuse_small_disks(room: Room, run: str, cache: str, machines: dict[str, Machine]) -> None:
+    for name, node in machines.items():
         for size, what, instead in (
             (room.local, "features", "give fewer --views"),
             (room.photographs, "decoded photographs", "give less --fine_tune.local_gb"),

@@ -42,7 +42,7 @@ def scores(result: worker.HeadResult, index: ShardIndex) -> dict[str, Any]:
                 f"evaluated {result.tallies[split].examples} examples of {split}, which has "
                 f"{index.examples(split)}"
             )
-    found = {
+    of_splits = {
         split: metrics_scores.scores(result.tallies[split], index.class_names)
         for split in reversed(SPLITS)
         if index.examples(split)
@@ -50,8 +50,8 @@ def scores(result: worker.HeadResult, index: ShardIndex) -> dict[str, Any]:
     for split, (logits, labels) in result.answers.items():
         groups = groups_of_split(index, split)
         correct = logits.argmax(axis=1) == labels
-        found[split] |= document.grouped(found[split], correct, labels, groups)
-    return found
+        of_splits[split] |= document.grouped(of_splits[split], correct, labels, groups)
+    return of_splits
 
 
 def calibrated(
@@ -69,7 +69,7 @@ def calibrated(
         )
     if "valid" not in result.outcomes:
         return {}
-    told: dict[str, Any] = {
+    temperature: dict[str, Any] = {
         "value": result.temperature,
         "fitted_on": "valid",
         "examples": len(result.answers["valid"].labels),
@@ -82,13 +82,13 @@ def calibrated(
         scores[split]["before_temperature"] = {
             name: before[name] for name in ("log_loss", "ece", "calibration")
         }
-        told["ece"][split] = {"before": before["ece"], "after": scores[split]["ece"]}
+        temperature["ece"][split] = {"before": before["ece"], "after": scores[split]["ece"]}
     shown = ", ".join(
         f"{split} ECE {ece['before']:.3f} -> {ece['after']:.3f}"
-        for split, ece in told["ece"].items()
+        for split, ece in temperature["ece"].items()
     )
     say(f"calibrate temperature {result.temperature:.3f}: {shown}")
-    return told
+    return temperature
 
 
 def bias(result: worker.HeadResult) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def quantized(
     result: worker.HeadResult,
     machines: resources.Machines,
 ) -> tuple[openvino.Int8 | None, Review | None, dict[str, Any]]:
-    """The quantized backbone and its thresholds, None where it is refused; what is told of it."""
-    made = quantize.quantize(
+    """The quantized backbone and its thresholds, None if refused; and a report."""
+    candidate = quantize.quantize(
         index,
         reference,
         head,
@@ -161,29 +161,30 @@ def quantized(
         image_size=settings.image_size,
         machines=machines,
     )
-    count = made.outcomes.correct.size
-    accuracy = float(made.outcomes.correct.mean())
+    count = candidate.outcomes.correct.size
+    accuracy = float(candidate.outcomes.correct.mean())
     of_float = float(result.outcomes["valid"].correct[:count].mean())
     accepted = quantize.accept_int8(accuracy, of_float)
-    told_of: dict[str, Any] = {
+    report: dict[str, Any] = {
         "accepted": accepted,
-        "calibration_examples": made.calibration_examples,
+        "calibration_examples": candidate.calibration_examples,
         "valid_examples": count,
         "valid_accuracy": accuracy,
         "valid_accuracy_float": of_float,
     }
-    told = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
+    comparison = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
     if not accepted:
-        say(f"int8      {told}: refused, it falls by more than 0.5 points; published without int8")
-        return None, None, told_of
-    say(f"int8      {told}: kept")
+        refusal = "refused, it falls by more than 0.5 points; published without int8"
+        say(f"int8      {comparison}: {refusal}")
+        return None, None, report
+    say(f"int8      {comparison}: kept")
     # Rounding to 8 bits moves every photograph away from the training features.
-    chosen = _choose(settings, made.outcomes)
-    effect = metrics_thresholds.effect(made.outcomes, chosen)
+    chosen = _choose(settings, candidate.outcomes)
+    effect = metrics_thresholds.effect(candidate.outcomes, chosen)
     say(f"review    valid in int8: {describe(effect)}")
-    told_of["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
-    told_of["reference"] = drift.reference(made.outcomes)
-    return made.int8, chosen, told_of
+    report["review"] = {"share_reviewed": effect["share_reviewed"], "splits": {"valid": effect}}
+    report["reference"] = drift.reference(candidate.outcomes)
+    return candidate.int8, chosen, report
 
 
 def short(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -215,8 +216,8 @@ def write(
     """Write metrics.json and the history of a run."""
     storage.write_bytes(storage.join(run, "history.csv"), csv_bytes(history))
     # Beside the splits only where there is something to tell.
-    told = {"restarts": restarts} if restarts else {}
-    storage.write_json(storage.join(run, "metrics.json"), {**scores, **told})
+    more = {"restarts": restarts} if restarts else {}
+    storage.write_json(storage.join(run, "metrics.json"), {**scores, **more})
 
 
 def draw(

@@ -55,10 +55,10 @@ def quantize(
         machines: what there is to run on.
     """
     task = ray.remote(num_cpus=machines.cpus_per_actor)(_quantize)
-    made: Quantized = ray.get(
+    quantized: Quantized = ray.get(
         task.remote(index, weights, head, distance, image_size, machines.threads_per_actor)
     )
-    return made
+    return quantized
 
 
 def accept_int8(accuracy: float, of_float: float) -> bool:
@@ -88,16 +88,16 @@ def _quantize(
     int8 = openvino.quantize(graph, calibration)
     precision, _ = hardware.choose_precision("auto", compute_capability=None)
     forward = openvino.compile_model(openvino.read(int8), precision=precision, threads=threads)
-    made, labels = [], []
+    parts, labels = [], []
     valid = itertools.islice(_photographs(index, "valid", image_size), _MAX_VALID)
     while batch := list(itertools.islice(valid, 32)):
-        made.append(forward(np.stack([pixels for pixels, _ in batch])))
+        parts.append(forward(np.stack([pixels for pixels, _ in batch])))
         labels += [label for _, label in batch]
-    found = np.concatenate(made)
+    features = np.concatenate(parts)
     return Quantized(
         int8,
         len(calibration),
-        outcomes(head_logits(head, found), np.array(labels), distance.distance(found)),
+        outcomes(head_logits(head, features), np.array(labels), distance.distance(features)),
     )
 
 

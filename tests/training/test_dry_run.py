@@ -80,6 +80,7 @@ def cluster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda function: types.SimpleNamespace(remote=function)
 
     monkeypatch.setattr(distributed_session, "session", session)
+    monkeypatch.setattr(distributed_session, "with_room", lambda nodes, *_: nodes)
     monkeypatch.setattr(distributed_session, "on_every_node", on_every_node)
     monkeypatch.setattr(dry_run, "ray", types.SimpleNamespace(remote=remote, get=lambda x: x))
     monkeypatch.setattr(hardware, "look", made_machine)

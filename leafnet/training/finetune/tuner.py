@@ -129,17 +129,17 @@ class Tuner:
     def _make_variables(self, head: Head) -> dict[str, _Trained]:
         import tensorflow as tf
 
-        found = {}
+        tensors = {}
         for layer in self._parts.trained.layers:
             if layer.weights:
-                found[f"{layer.name}/kernel"] = layer.kernel.value
-                found[f"{layer.name}/bias"] = layer.bias.value
+                tensors[f"{layer.name}/kernel"] = layer.kernel.value
+                tensors[f"{layer.name}/bias"] = layer.bias.value
         for i, (kernel, bias) in enumerate(head):
-            found[f"head/{i}/kernel"] = tf.Variable(kernel)
-            found[f"head/{i}/bias"] = tf.Variable(bias)
+            tensors[f"head/{i}/kernel"] = tf.Variable(kernel)
+            tensors[f"head/{i}/bias"] = tf.Variable(bias)
         settings = self._settings
         variables = {}
-        for name, variable in found.items():
+        for name, variable in tensors.items():
             below = 0 if name.startswith("head/") else 5 - stage_of(name)
             share = settings.layer_decay**below
             variables[name] = _Trained(
