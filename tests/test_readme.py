@@ -221,9 +221,9 @@ def test_the_local_commands_in_order(
 
 
 def table(page: Path, title: str) -> list[list[str]]:
-    """The cells of the only table of a section, without its head."""
+    """The cells of the last table of a section, without its head."""
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", page.read_text(), re.M | re.S)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    lines = re.findall(r"(?:^\|.*\n)+", text, re.M)[-1].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
