@@ -1,5 +1,6 @@
 """What an actor that computes features writes, and what it refuses to."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ def batch() -> dict[str, Any]:
     return {
         "shard": np.array([SHARD.name]),
         "row_group": np.array([0]),
-        "keys": np.array(["a.jpg\nb.jpg\nc.jpg"]),
+        "keys": np.array([json.dumps(["a\n.jpg", "b.jpg", "c.jpg"])]),
         "labels": np.array([[0, 1, 0]]),
         "pixels": pixels.repeat(3, 3)[None],
     }
