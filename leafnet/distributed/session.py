@@ -28,7 +28,7 @@ from leafnet.distributed.resources import Node
 
 _WAIT_POLL_S = 1.0
 _ASK_S = 5.0  # between two looks at what the autoscaler does
-_PATIENCE_S = 20.0  # until an autoscaler has begun to start machines
+_PATIENCE_S = 18.0  # until an autoscaler has begun to start machines
 _TELL_S = 60.0
 _SEE_S = 120.0  # for a worker to import TensorFlow
 _CONNECT_S = 10.0
@@ -241,11 +241,11 @@ def _coming(wait_s: float, *, before: list[Node]) -> Iterator[list[Node]]:
         time.sleep(_WAIT_POLL_S)
         nodes = _nodes()
         yield nodes
+        if now - began > _PATIENCE_S and not coming:
+            return  # no autoscaler, or none that can bring what is needed
         if now - asked > _ASK_S and not coming:
             asked = now
             coming = len(nodes) > len(before) or _are_pending()
-        if now - began > _PATIENCE_S and not coming:
-            return  # no autoscaler, or none that can bring what is needed
         if now - told > _TELL_S:
             told = now
             say(
