@@ -18,11 +18,11 @@ from leafnet.core.terminal import say
 from leafnet.data import shards
 from leafnet.data.shards import ShardIndex
 from leafnet.labelling import audit, labelstudio
-from leafnet.labelling.audit import Audit
 from leafnet.labelling.labelstudio import PHOTOGRAPHS, REVIEW, REVIEW_VERSION, Answer
 from leafnet.labelling.settings import ReviewSettings
 from leafnet.preparation import prepare, samples, sources
 from leafnet.preparation.settings import PrepareSettings
+from leafnet.scoring.audits import Audit
 
 # Settings of prepare that decide which examples of a data set are kept, and how they are written.
 _AS_BEFORE = ("duplicates", "near_duplicates", "near_distance", "shard_mb", "row_group", "seed")

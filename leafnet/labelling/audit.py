@@ -13,34 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
 
-from leafnet.core.documents import Count, Document
 from leafnet.core.terminal import say
-from leafnet.metrics.estimate import Estimate, audited
 from leafnet.scoring import audits, fields, ledger, report
+from leafnet.scoring.audits import Audit, accuracy
 
 # The kinds of groups, the first of all photographs.
 KINDS = ("all", "label", "field", "night")
-
-
-class Shown(Document):
-    """A photograph that people were shown."""
-
-    predicted: str
-    drawn: bool  # by chance
-    chosen: bool  # as worth a label
-    groups: dict[str, str]  # its name in each kind of group
-
-
-class Audit(Document):
-    """What is to be known of a sample when the answers come."""
-
-    predictions: str
-    nights: list[str] = Field(min_length=1)
-    model_id: str
-    photographs: dict[str, Shown]
-    totals: dict[str, dict[str, Count]]  # photographs of each group
 
 
 def order(rows: pa.Table) -> NDArray[np.int64]:
@@ -102,7 +81,7 @@ def add_up(name: str, audit: Audit, labels: Mapping[str, str]) -> None:
     groups: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         for group, total in audit.totals.get(kind, {}).items():
-            found = _accuracy(audit, labels, kind, group, total)
+            found = accuracy(audit, labels, kind, group, total)
             if found is not None:
                 told = {"photographs": total, "accuracy": list(found)}
                 groups.setdefault(kind, {})[group] = told
@@ -136,23 +115,3 @@ def add_up(name: str, audit: Audit, labels: Mapping[str, str]) -> None:
     )
     for night in audit.nights:
         say(f"report    {report.write(audit.predictions, night)}")
-
-
-def _accuracy(
-    audit: Audit, labels: Mapping[str, str], kind: str, group: str, total: int
-) -> Estimate | None:
-    """The accuracy of a group; None: no answer says anything of it.
-
-    Those chosen for what they are count for themselves, if all of them were answered: some of them
-    would be the easier ones. Else only the drawn count.
-    """
-    inside = {k: s for k, s in audit.photographs.items() if s.groups.get(kind) == group}
-    chosen = [key for key, shown in inside.items() if shown.chosen]
-    if not all(key in labels for key in chosen):
-        chosen = []
-    drawn = [k for k, s in inside.items() if s.drawn and k in labels and k not in set(chosen)]
-
-    def right(keys: Sequence[str]) -> int:
-        return sum(labels[key] == inside[key].predicted for key in keys)
-
-    return audited(right(drawn), len(drawn), total, chosen_right=right(chosen), chosen=len(chosen))

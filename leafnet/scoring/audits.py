@@ -6,11 +6,53 @@ Written when answers are taken back, read by the reports and the metrics.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from leafnet.core import storage
-from leafnet.metrics.estimate import Estimate
+from leafnet.core.documents import Count, Document
+from leafnet.metrics.estimate import Estimate, audited
 
 AUDITS = "_audits"
 _CHANCE = 0.001
+
+
+class Shown(Document):
+    """A photograph that people were shown."""
+
+    predicted: str
+    drawn: bool  # by chance
+    chosen: bool  # as worth a label
+    groups: dict[str, str]  # its name in each kind of group
+
+
+class Audit(Document):
+    """What is to be known of a sample when the answers come."""
+
+    predictions: str
+    nights: list[str] = Field(min_length=1)
+    model_id: str
+    photographs: dict[str, Shown]
+    totals: dict[str, dict[str, Count]]  # photographs of each group
+
+
+def accuracy(
+    audit: Audit, labels: Mapping[str, str], kind: str, group: str, total: int
+) -> Estimate | None:
+    """The accuracy of a group; None: no answer says anything of it.
+
+    Those chosen for what they are count for themselves, if all of them were answered: some of them
+    would be the easier ones. Else only the drawn count.
+    """
+    inside = {k: s for k, s in audit.photographs.items() if s.groups.get(kind) == group}
+    chosen = [key for key, shown in inside.items() if shown.chosen]
+    if not all(key in labels for key in chosen):
+        chosen = []
+    drawn = [k for k, s in inside.items() if s.drawn and k in labels and k not in set(chosen)]
+
+    def right(keys: Sequence[str]) -> int:
+        return sum(labels[key] == inside[key].predicted for key in keys)
+
+    return audited(right(drawn), len(drawn), total, chosen_right=right(chosen), chosen=len(chosen))
 
 
 def keep(out: str, name: str, document: Mapping[str, Any]) -> str:

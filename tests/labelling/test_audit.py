@@ -13,9 +13,9 @@ import pytest
 from leafnet.core import storage
 from leafnet.core.settings import validate
 from leafnet.labelling import answers, audit, review
-from leafnet.labelling.audit import Audit
 from leafnet.labelling.settings import ReviewSettings
 from leafnet.scoring import audits, ledger, report
+from leafnet.scoring.audits import Audit
 from leafnet.scoring.night import read
 from tests.conftest import leaf_jpeg
 from tests.support import stored
@@ -67,7 +67,7 @@ def test_the_order_is_fair_and_the_same_again() -> None:
 
 
 def accuracy(sample: Audit, labels: dict[str, str], kind: str = "all", group: str = "") -> Any:
-    return audit._accuracy(sample, labels, kind, group, sample.totals[kind][group])
+    return audits.accuracy(sample, labels, kind, group, sample.totals[kind][group])
 
 
 def test_answers_to_those_drawn_tell_of_all() -> None:
@@ -100,7 +100,7 @@ def test_those_chosen_count_for_themselves_once_all_are_answered() -> None:
     # One of those chosen was passed over: four of the six that were drawn are right.
     del labels["k30"]
     assert accuracy(sample, labels).value == pytest.approx(4 / 6)
-    assert audit._accuracy(sample, {}, "all", "", 60) is None
+    assert audits.accuracy(sample, {}, "all", "", 60) is None
 
 
 def test_what_was_found_is_kept_beside_the_night_and_told(
