@@ -4,12 +4,14 @@ import datetime
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binom
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
@@ -282,3 +284,23 @@ def test_published_files_are_found_beside_the_reports(tmp_path: Path) -> None:
     stored.write_night(tmp_path, "2026-11-24", images="/in", names=names(3))
     report.write(str(tmp_path), "2026-11-24")
     assert [file.date for file in ledger.published(str(tmp_path))] == ["2026-11-24"]
+
+
+@pytest.mark.parametrize("photographs", [5, 12, 20])
+def test_an_ordinary_night_is_hardly_ever_called_unusual(photographs: int) -> None:
+    """Of three classes, one of them rare: 7 % of photographs, and on many nights none."""
+    generator, alarms, draws = np.random.default_rng(photographs), 0, 120
+    classes = ("healthy", "blight", "rust")
+    for _ in range(draws):
+        counts = [generator.multinomial(photographs, [0.8, 0.13, 0.07]).tolist() for _ in range(8)]
+        review = generator.binomial(photographs, 0.1, 8).tolist()
+        status = [Counter(review=n, ok=photographs - n) for n in review]
+        labels = [Counter(dict(zip(classes, of_night, strict=True))) for of_night in counts]
+        histogram = drift.Histogram(0.0, 1.0, np.zeros(drift.BINS, np.int64))
+        tonight = Night(classes, histogram, None, status=status[-1], labels=labels[-1])
+        before = [
+            Earlier(f"2026-11-{day:02d}", *pair)
+            for day, pair in enumerate(zip(status[:-1], labels[:-1], strict=True), 1)
+        ]
+        alarms += bool(report._unusual(tonight, before))
+    assert binom.sf(alarms - 1, draws, 0.01) > 1e-3, f"{alarms} of {draws}"
