@@ -174,8 +174,10 @@ def quantized(
     }
     comparison = f"validation accuracy {accuracy:.4f}, {of_float:.4f} in floating point"
     if not accepted:
-        refusal = "refused, it falls by more than 0.5 points; published without int8"
-        say(f"int8      {comparison}: {refusal}")
+        say(
+            f"int8      {comparison}: refused, it falls by more than 0.5 points; "
+            "published without int8"
+        )
         return None, None, report
     say(f"int8      {comparison}: kept")
     # Rounding to 8 bits moves every photograph away from the training features.
