@@ -6,7 +6,6 @@ values are refused by name before any machine is taken.
 
 import argparse
 import datetime
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from leafnet.core import mistakes
 from leafnet.core import storage as core_storage
 from leafnet.core.errors import UserError
 from leafnet.core.storage import absolute, is_local
@@ -231,7 +231,7 @@ def parse(
     if unknown:
         names = [name for name, _ in leaves(settings_class)] + ["config", "help", *_OUTPUT]
         given = unknown[0].split("=")[0]
-        raise _unknown("flag", given, names, prefix="--", retired=settings_class.retired)
+        raise mistakes.unknown("flag", given, names, prefix="--", retired=settings_class.retired)
     config = flags.pop("config", None)
     for name in _OUTPUT:
         flags.pop(name, None)
@@ -252,7 +252,8 @@ def validate(
     try:
         return settings_class.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, settings_class, where) from None
+        fields = dict(leaves(settings_class))
+        raise mistakes.explain(error, fields, where, settings_class.retired) from None
 
 
 def to_yaml(settings: Settings) -> str:
@@ -411,63 +412,3 @@ def _read_yaml(url: str) -> dict[str, Any]:
             "bad-yaml", f"{url} must have lines `setting: value`, found {type(document)}"
         )
     return document
-
-
-def _explain(
-    error: ValidationError, settings_class: type[Settings], where: str | None
-) -> UserError:
-    first, *more = error.errors(include_url=False)
-    for one in (first, *more):
-        told = one.get("ctx", {}).get("error")
-        if isinstance(told, UserError):  # it says all, and the value may be a secret
-            return told
-    names = [name for name, _ in leaves(settings_class)]
-    sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
-    given = ".".join(str(part) for part in first["loc"])
-    place = f" in {where}" if where else ""
-    if not first["loc"]:  # several settings that do not go together
-        return UserError("bad-settings", first["msg"].removeprefix("Value error, ") + place)
-    if first["type"] == "extra_forbidden":
-        names += sorted(sections)
-        return _unknown("setting", given, names, place=place, retired=settings_class.retired)
-    # For a union, pydantic names the branch as well, as in `workers.int`.
-    name = max(
-        (known for known in [*names, *sections] if given == known or given.startswith(known + ".")),
-        key=len,
-        default=given,
-    )
-    if first["type"] == "missing":
-        described = dict(leaves(settings_class))[name].description
-        return UserError("missing-setting", f"--{name} is required: {described}")
-    message = first["msg"].removeprefix("Value error, ")
-    if (
-        name != given
-        and len({".".join(map(str, e["loc"])).startswith(name) for e in [first, *more]}) == 1
-    ):
-        others = [e["msg"][0].lower() + e["msg"][1:] for e in more if _is_below(e["loc"], name)]
-        message = " or ".join([message, *others])
-    return UserError("bad-value", f"--{name} cannot be {first['input']!r}{place}: {message}")
-
-
-def _is_below(loc: tuple[int | str, ...], name: str) -> bool:
-    return ".".join(map(str, loc)).startswith(name + ".")
-
-
-def _unknown(
-    kind: str,
-    given: str,
-    names: Sequence[str],
-    *,
-    prefix: str = "",
-    place: str = "",
-    retired: Mapping[str, str],
-) -> UserError:
-    bare = given.removeprefix("--")
-    if bare in retired:
-        text = f"there is no {kind} {given} any more{place}; {retired[bare]}"
-        return UserError("unknown-setting", text)
-    near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5) or [
-        name for name in names if name.rsplit(".", 1)[-1] == bare.rsplit(".", 1)[-1]
-    ]
-    hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all"
-    return UserError("unknown-setting", f"there is no {kind} {given}{place}; {hint}")
