@@ -13,7 +13,6 @@ import re
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from leafnet.data import headers
 
 Pixels = NDArray[np.uint8]
 
@@ -295,11 +296,11 @@ def _identify(data: bytes) -> Image.Image:
         name for name in (("AVIF", "HEIF") if kind == "HEIF" else (kind,)) if _readable(name)
     ]
     if kind == "PNG":
-        data = _without_large_texts(data)
+        data = headers.without_large_texts(data)
     try:
         return Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        if kind == "TIFF" and (what := _what_tiff(data)):
+        if kind == "TIFF" and (what := headers.what_tiff(data)):
             raise ImageError("unsupported", what) from error
         if kind == "HEIF" and "HEIF" not in formats:
             message = 'HEIC pictures need another package: pip install "leafnet[heif]"'
@@ -308,63 +309,6 @@ def _identify(data: bytes) -> Image.Image:
             message = f"this Pillow is built without {kind}; convert it to JPEG"
             raise ImageError("unsupported", message) from error
         raise
-
-
-def _without_large_texts(data: bytes) -> bytes:
-    """A PNG without the profiles and texts that are too large for Pillow's guard against bombs.
-
-    They do not change the pixels here. What is small stays: it may hold the EXIF.
-    """
-    kept, place = [data[:8]], 8
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        content = data[place + 8 : place + 8 + length]
-        if kind not in (b"iCCP", b"iTXt", b"zTXt", b"tEXt") or _is_small(content):
-            kept.append(data[place : place + 12 + length])
-        place += 12 + length
-    return data if place == sum(map(len, kept)) else b"".join([*kept, data[place:]])
-
-
-def _is_small(content: bytes) -> bool:
-    """Whether a PNG's text or profile is within Pillow's limit, compressed or not."""
-    limit = PngImagePlugin.MAX_TEXT_CHUNK
-    if len(content) * _MOST_PACKED <= limit:
-        return True
-    start = re.search(rb"\x78[\x01\x5e\x9c\xda]", content)
-    if start is None:
-        return len(content) <= limit
-    try:
-        # No more is unpacked than shows that it is too much.
-        return len(zlib.decompressobj().decompress(content[start.start() :], limit + 1)) <= limit
-    except zlib.error:
-        return len(content) <= limit
-
-
-_MOST_PACKED = 1032  # times, by deflate
-
-_SAMPLE_KINDS = {1: "bits", 2: "bits, signed", 3: "bits, floating-point"}
-
-
-def _what_tiff(data: bytes) -> str | None:
-    """What a TIFF is that Pillow does not read, and what to export; None: its header is broken."""
-    try:
-        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8])
-        file = io.BytesIO(data)
-        file.seek(directory.next)
-        directory.load(file)
-        bands = int(directory.get(277, 1))
-        bits = directory[258] if directory[256] and directory[257] else ()
-        kind = _SAMPLE_KINDS.get(directory.get(339, (1,))[0], "bits")
-        packing = int(directory.get(259, 1))
-    except Exception:  # as broad as in _opened, for the same reason
-        return None
-    packed = TiffImagePlugin.COMPRESSION_INFO.get(packing)
-    unknown = "" if packed else f", in a compression that is not read (number {packing})"
-    return (
-        f"a TIFF with {bands} band{'s' * (bands > 1)} of {max(bits)} {kind}{unknown}, not a "
-        "photograph of 8-bit RGB; export red, green and blue, such as with gdal_translate -ot "
-        "Byte -scale"
-    )
 
 
 def _load(image: Image.Image, max_pixels: int, draft_to: int | None) -> _Picture:

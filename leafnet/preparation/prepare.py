@@ -35,19 +35,17 @@ from leafnet.core.terminal import say
 from leafnet.data import groups, images, isolated, shards
 from leafnet.data.shards import SPLITS, Shard, ShardIndex
 from leafnet.distributed import heartbeat, session
-from leafnet.preparation import examples, samples, sources
+from leafnet.preparation import examples, samples, sources, tell
 from leafnet.preparation.examples import Policy
-from leafnet.preparation.plan import Plan, commonest, decide, rejected_of
+from leafnet.preparation.plan import Plan, decide, rejected_of
 from leafnet.preparation.samples import Listing, Sample
 from leafnet.preparation.settings import PrepareSettings
+from leafnet.preparation.tell import DUPLICATES, LOG, REJECTED
 
-REJECTED = "rejected.parquet"
-DUPLICATES = "duplicates.parquet"
 # There from the start until the index is written, so that what an interrupted start left can be
 # told from what belongs to somebody else.
 _UNFINISHED = "unfinished.json"
 _STAGING = "_staging"
-_LOG = "prepare.log"
 _OURS = re.compile(
     rf"(?:({'|'.join(SPLITS)})-\d{{5}}\.parquet|{REJECTED}|{DUPLICATES}|{_UNFINISHED})"
     r"(\.[0-9a-f]{8}\.tmp)?"
@@ -100,10 +98,10 @@ def run(settings: PrepareSettings, listing: Listing, *, say_next: bool = True) -
     terminal.keeps("nothing of the data set is kept, it is made in one go")
     with lock.hold(out, timeout_s=settings.lock_timeout) as held:
         _mark_unfinished(out)
-        with terminal.log_to(out, _LOG):
-            _say_listing(listing)
+        with terminal.log_to(out, LOG):
+            tell.say_listing(listing)
             index, plan, read = _prepare(settings, listing, out, held)
-            _say_results(index, plan, listing, read, time.monotonic() - began)
+            tell.say_results(index, plan, listing, read, time.monotonic() - began)
             if say_next:
                 job, more = "train.py", " --name NAME"
                 if not index.examples("train"):
@@ -166,7 +164,7 @@ def _make_shards(
     )
     metadata = read.select(examples.READ_SCHEMA.names)
     plan = _decide(metadata, policy, listing, out)
-    for note in (*plan.notes, *_notes_of_pixels(read)):
+    for note in (*plan.notes, *tell.notes_of_pixels(read)):
         say(note)
     held.check()
     storage.delete(storage.join(out, shards.INDEX_NAME))
@@ -175,16 +173,6 @@ def _make_shards(
             storage.delete(storage.join(out, name))
     written = _write(read, plan, staging, out, row_group=settings.row_group)
     return plan, written, read.num_rows
-
-
-def _notes_of_pixels(read: pa.Table) -> list[str]:
-    """A line for each kind of pixels that are hardly those of a photograph."""
-    told = read.filter(pc.is_valid(read["note"])).sort_by("key")
-    keys, kinds = told["key"].to_pylist(), told["note"].to_pylist()
-    return [
-        f"warning: {count:,} photographs, such as {keys[kinds.index(note)]}: {note}"
-        for note, count in Counter(kinds).items()
-    ]
 
 
 def _decide(read: pa.Table, policy: Policy, listing: Listing, out: str) -> Plan:
@@ -267,7 +255,7 @@ def _refuse_strangers(out: str) -> None:
     names = [name for name in storage.list_names(out) if not name.startswith(".")]
     if shards.INDEX_NAME in names or _UNFINISHED in names:
         return
-    others = [name for name in names if name not in (_LOG, lock.FOLDER)]
+    others = [name for name in names if name not in (LOG, lock.FOLDER)]
     if others or (storage.exists(out) and not storage.is_folder(out)):
         raise UserError(
             "out-not-empty",
@@ -286,20 +274,6 @@ def _mark_unfinished(out: str) -> None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError("cannot-write", f"cannot write to --out {out}: {reason}") from None
-
-
-def _say_listing(listing: Listing) -> None:
-    kind = {"folders": "class folders", "parquet": "Parquet", "tars": "WebDataset tars"}
-    count = f"{listing.items.num_rows:,} tars"
-    if listing.examples is not None:
-        count = f"{listing.examples:,} photographs"
-    splits = "with splits of its own" if listing.has_splits else "without splits"
-    say(
-        f"source      {listing.source}: {count}, {_megabytes(listing.size)}, "
-        f"{kind[listing.layout]} {splits}"
-    )
-    for note in listing.notes:
-        say(note)
 
 
 @contextmanager
@@ -459,7 +433,7 @@ def _row(
     if sample.image is None:
         return row | {"reason": sample.reason, "message": sample.message}
     if len(sample.image) > _MAX_IMAGE_BYTES:
-        message = f"the file has {_megabytes(len(sample.image))}, more than a photograph has"
+        message = f"the file has {tell.megabytes(len(sample.image))}, more than a photograph has"
         return row | {"reason": "too-many-bytes", "message": message}
     try:
         found = fingerprint(sample.image, max_pixels=max_pixels)
@@ -600,56 +574,3 @@ def _check_seen_here(out: str, written: list[Shard]) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def _balance(index: ShardIndex, plan: Plan, listing: Listing, read: int) -> str:
-    """What became of all that was found."""
-    kept = sum(map(index.examples, SPLITS))
-    parts = {
-        "kept": kept,
-        "rejected": plan.rejected.num_rows,
-        "dropped": sum(plan.dropped.values()),
-    }
-    told = " + ".join(f"{count:,} {what}" for what, count in parts.items())
-    others = sum(listing.passed_over.values())
-    return f"{read:,} photographs = {told}" + (f"; {others:,} other files" if others else "")
-
-
-def _say_results(
-    index: ShardIndex, plan: Plan, listing: Listing, read: int, seconds: float
-) -> None:
-    splits = [split for split in SPLITS if index.examples(split)]
-    rows = [
-        [name, *(f"{index.counts[split][name]:,}" for split in splits)]
-        for name in index.class_names
-    ]
-    totals = ["all", *(f"{index.examples(split):,}" for split in splits)]
-    say()
-    terminal.table("examples", ["class", *splits], [*rows, totals])
-    say()
-    say(f"found       {_balance(index, plan, listing, read)}")
-    rejected = Counter(plan.rejected["reason"].to_pylist())
-    told = f"{rejected.total():,} of {read:,}"
-    if rejected:
-        told += f" ({', '.join(f'{n:,} {reason}' for reason, n in rejected.most_common())}): "
-        told += storage.join(index.root, REJECTED)
-    say(f"rejected    {told}")
-    if rejected:
-        say(f"            {commonest(plan.rejected)}")
-    kinds = Counter(plan.duplicates["kind"].to_pylist())
-    told = ", ".join(f"{kinds[kind]:,} {kind}" for kind in ("exact", "near"))
-    if kinds:
-        told += f": {storage.join(index.root, DUPLICATES)}"
-    say(f"duplicates  {told}")
-    why = {"other-split": "kept in another split", "other-label": "also under another label"}
-    told = ", ".join(f"{n:,} {why[reason]}" for reason, n in plan.dropped.items() if n)
-    if told:
-        say(f"dropped     {told}")
-    size = sum(shard.bytes for shard in index.shards)
-    say(f"shards      {len(index.shards):,}, {_megabytes(size)}: {index.root}")
-    say(f"fingerprint {index.fingerprint[:16]}")
-    say(f"took        {terminal.duration(seconds)}, log: {storage.join(index.root, _LOG)}")

@@ -74,6 +74,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "core.lock": (),
     "scoring.listing": (),
     "data.listing": (),
+    "data.headers": ("data/test_images",),
     "data.tables": ("scoring/test_listing",),
     "preparation.labels": ("preparation/test_sources",),
     "scoring.rows": (),
