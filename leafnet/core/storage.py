@@ -395,13 +395,14 @@ def delete_folder(url: str, *, mark: str) -> None:
 
 
 def try_rights(folder: str) -> None:
-    """Write, read, list and delete a small file below `folder`; nothing stays there.
+    """Write, read, list, create and delete a small file below `folder`; nothing stays there.
 
     Raises:
-        UserError: one of them is not possible, and why.
+        UserError: one of them is not possible, and why; `no-exclusive-create`: the store overwrites
+            a file that is to be created only where there is none, which locks rest on.
     """
     own = join(absolute(folder), f".leafnet-{uuid.uuid4().hex}")
-    url = join(own, "try")
+    url, once = join(own, "try"), join(own, "try-once")
     made = []
     if is_local(folder):
         made = [path for path in (Path(own), *Path(own).parents) if not path.exists()]
@@ -410,6 +411,13 @@ def try_rights(folder: str) -> None:
         write_bytes(url, data)
         if read_bytes(url) != data or list_names(own) != ["try"]:
             raise UserError("store-failed", f"{folder} does not give back what was written to it")
+        if not create_bytes(once, data) or create_bytes(once, data[::-1] + b"2"):
+            raise UserError(
+                "no-exclusive-create",
+                f"{folder}: its store overwrites a file that was to be created only if there is "
+                "none (If-None-Match on S3), so that two jobs could not be told apart; use another "
+                "store",
+            )
         delete_folder(own, mark=url)
     # Every filesystem has errors of its own.
     except Exception as error:

@@ -36,7 +36,7 @@ from rich.text import Text
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
-from leafnet.core.interrupts import Terminated, remembered_interrupts
+from leafnet.core.interrupts import Terminated, remembered_interrupts, sigterm_interrupts
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -381,7 +381,7 @@ def run_job(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     _verbose, _json = "--verbose" in words, "--json" in words
     _result.clear()
     try:
-        with remembered_interrupts():
+        with remembered_interrupts(), sigterm_interrupts():
             code, error = _run(job, [word for word in words if word not in FLAGS])
         if _json:
             _emit("result", exit_code=code, **error, **_result)

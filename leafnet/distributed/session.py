@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from leafnet.core.errors import UserError
 from leafnet.core.hardware import local_precision
+from leafnet.core.interrupts import sigterm_interrupts
 from leafnet.core.settings import RaySettings, worker_range
 from leafnet.core.terminal import say
 from leafnet.distributed import resources
@@ -100,7 +101,9 @@ def session(settings: RaySettings) -> Iterator[list[Node]]:
     # Ray Data draws bars of its own; leafnet shows one for each stage.
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        yield _nodes()
+        # Ray's own handler, set by `init`, would end the job without a word.
+        with sigterm_interrupts():
+            yield _nodes()
     except ray.exceptions.RayTaskError as error:
         # Ray's own text is the stack trace of the task; what the person can mend is its cause, to
         # whose one line Ray Data adds lines on its settings.

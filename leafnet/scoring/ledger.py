@@ -199,8 +199,8 @@ def keys(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(
         table["image"].cast(text),
         pc.fill_null(table["version"], "").cast(text),
-        # In no URL and no etag: it would let two pairs give one key.
-        pa.scalar("\n", text),
+        # In no path, URL or etag: it would let two pairs give one key.
+        pa.scalar("\0", text),
     )
 
 

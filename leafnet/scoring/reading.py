@@ -135,14 +135,19 @@ def _read_all(listed: pa.Table) -> Iterator[tuple[dict[str, Any], bytes | ImageE
 def _read(row: dict[str, Any]) -> bytes | ImageError:
     url = row["image"]
     if row["size"] is not None and row["size"] > _MAX_IMAGE_BYTES:
-        return ImageError("too-many-bytes", f"the file has {row['size'] / 1e6:,.0f} MB")
+        return _too_many(row["size"])
     try:
         if storage.is_local(url):
             # Opening a pipe would wait for its writer for ever.
             if not stat.S_ISREG(os.stat(url).st_mode):
                 return ImageError("not-a-file", "a folder, a pipe or a device, not a file")
             with open(url, "rb") as file:
-                return file.read(_MAX_IMAGE_BYTES + 1)
+                status = os.fstat(file.fileno())
+                if status.st_size > _MAX_IMAGE_BYTES:
+                    return _too_many(status.st_size)
+                # Of the bytes that are judged, which may have come since the listing.
+                row["version"] = f"{status.st_mtime_ns}-{status.st_size}"
+                return file.read()
         return storage.read_bytes(url)
     # Every filesystem has errors of its own, and what is wrong with one file must not end the job.
     except Exception as error:
@@ -153,6 +158,10 @@ def _read(row: dict[str, Any]) -> bytes | ImageError:
                 return ImageError("bad-name", "its name is not valid UTF-8; rename the file")
             return ImageError("not-found", "it is not there")
         return ImageError("cannot-read", _one_line(error))
+
+
+def _too_many(size: int) -> ImageError:
+    return ImageError("too-many-bytes", f"the file has {size / 1e6:,.0f} MB")
 
 
 def _read_shard(

@@ -924,3 +924,20 @@ def test_a_filesystem_is_made_once_for_a_process_and_remembers_no_listing() -> N
     other: Any = storage._filesystem("memory", "{}", os.getpid() + 1)
     assert other is not fs
     assert fs.storage_options["use_listings_cache"] is False
+
+
+def test_a_store_without_exclusive_create_is_told_where_rights_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An S3 server that does not know If-None-Match takes it for an ordinary write."""
+    here = f"memory://{tmp_path.name}"
+
+    def create(url: str, data: bytes) -> bool:
+        storage.write_bytes(url, data)
+        return True
+
+    storage.try_rights(here)
+    monkeypatch.setattr(storage, "create_bytes", create)
+    with pytest.raises(UserError, match=r"If-None-Match on S3.*use another store") as told:
+        storage.try_rights(here)
+    assert told.value.reason == "no-exclusive-create"
