@@ -41,6 +41,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "metrics.intervals": (),
     "evaluation.verdict": (),
     "metrics.drift": (),
+    "metrics.nights": (),
+    "metrics.rounding": ("metrics/test_thresholds",),
     "metrics.estimate": (),
     "metrics.prevalence": (),
     "metrics.verdicts": (),
