@@ -6,6 +6,7 @@ that it wrote last, whether that is whole or not, starts again at once and witho
 workers away in the middle of a step where it grows or shrinks a group.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -361,7 +362,9 @@ class _Group:
                 more_room = more_room + 1 if more else 0
                 if more_room > 1:
                     self._ask(end, f"there is room for {self._count + more} workers")
-            for one in heartbeat.stuck(seen, hang_timeout_s=self._policy.hang_timeout_s):
+            for one in heartbeat.stuck(
+                seen, hang_timeout_s=self._policy.hang_timeout_s, gpu=self._gpu
+            ):
                 if one.sign.rank not in [killed.sign.rank for killed in end.killed]:
                     self._end_hard(one, end, abort)
             # What is the matter with one worker only, others may wait for it.
@@ -409,11 +412,16 @@ class _Group:
 
     def _end_hard(self, one: heartbeat.Stuck, end: End, abort: Callable[[], None]) -> None:
         say(f"watchdog  {one.why}; ended")
-        end.killed.append(one)
         try:
-            heartbeat.kill(one.sign)
+            stacks = heartbeat.kill(one.sign)
         except ray.exceptions.RayError:
+            stacks = ""
             abort()
+        if head := heartbeat.head_of(stacks):
+            print(stacks, file=sys.stderr)  # into the log
+            say(f"          it was in {head}")
+            one = one._replace(why=f"{one.why}, in {head}")
+        end.killed.append(one)
 
     def _room_for_more(self) -> int:
         most = self._workers[1]

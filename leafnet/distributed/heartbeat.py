@@ -6,7 +6,9 @@ is gone) and who is alive and gets nowhere (waiting for another in a sum over al
 """
 
 import ctypes
+import faulthandler
 import os
+import re
 import signal
 import threading
 import time
@@ -24,9 +26,15 @@ _POLL_S = 0.25
 _BEAT_S = 1.0
 # A start imports TensorFlow, reads features and waits for the other workers.
 _START_S = 300.0
+# On a GPU the first step may compile kernels that TensorFlow's wheel lacks, for many minutes.
+_GPU_START_S = 1800.0
 # A worker is said to be silent before one that waits for it is said to get nowhere.
 _LATER_S = 5.0
 _CALL_S = 30.0
+_STACKS = "leafnet-stacks"
+_STACKS_S = 5.0
+_HEAD = 4  # calls
+_OWN_THREAD = "in _follow"  # the one that tells the signs of life
 
 
 class Sign(NamedTuple):
@@ -62,7 +70,7 @@ class Stuck(NamedTuple):
     why: str
 
 
-def stuck(seen: Iterable[Seen], *, hang_timeout_s: float) -> list[Stuck]:
+def stuck(seen: Iterable[Seen], *, hang_timeout_s: float, gpu: bool = False) -> list[Stuck]:
     """The workers that give no sign of life or get nowhere; those that only wait for them not.
 
     The limit is `hang_timeout_s`, and never shorter than what a start took, nor than three times
@@ -77,7 +85,7 @@ def stuck(seen: Iterable[Seen], *, hang_timeout_s: float) -> list[Stuck]:
     # Steps are taken together: where one worker has taken the first, so has one that fell silent
     # before it could tell.
     if not any(one.sign.started for one in seen):
-        limit = max(limit, _START_S)
+        limit = max(limit, _GPU_START_S if gpu else _START_S)
     silent, nowhere = [], []
     for sign, age_s in seen:
         if age_s > limit:
@@ -240,25 +248,75 @@ def _hold_sigterm() -> None:
         put(signal.SIGTERM, _c_handler)
 
 
-def kill(sign: Sign) -> None:
-    """End a worker's process at once. One that is stopped takes no other signal.
+def write_stacks_on_signal() -> None:
+    """Write what all threads of this process do into a file in its memory, on SIGUSR1.
+
+    The handler is in C: it also answers where Python is stuck in a call that never returns.
+    """
+    faulthandler.register(signal.SIGUSR1, file=os.memfd_create(_STACKS), all_threads=True)
+
+
+def kill(sign: Sign) -> str:
+    """End a worker's process at once; the stacks of its threads, if it could still tell them.
+
+    One that is stopped takes no other signal, and has none.
 
     Raises:
         ray.exceptions.RayError: its machine does not answer.
     """
     if sign.node_id == ray.get_runtime_context().get_node_id():
-        _kill_here(sign.pid)
-        return
+        return _kill_here(sign.pid)
     there = NodeAffinitySchedulingStrategy(sign.node_id, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(_kill_here)
-    ray.get(task.options(scheduling_strategy=there).remote(sign.pid), timeout=_CALL_S)
+    stacks: str = ray.get(task.options(scheduling_strategy=there).remote(sign.pid), timeout=_CALL_S)
+    return stacks
 
 
-def _kill_here(pid: int) -> None:
+def _kill_here(pid: int) -> str:
+    stacks = ""
     with suppress(ProcessLookupError, FileNotFoundError):
         # The number of a process that has ended may be another's by now.
         if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            stacks = _stacks(pid)
             os.kill(pid, signal.SIGKILL)
+    return stacks
+
+
+def _stacks(pid: int) -> str:
+    """What `write_stacks_on_signal` wrote in another process of this machine and user."""
+    files = [
+        file
+        for file in Path(f"/proc/{pid}/fd").iterdir()
+        if os.readlink(file).startswith(f"/memfd:{_STACKS} ")
+    ]
+    if not files:
+        return ""  # the signal would end it
+    os.kill(pid, signal.SIGUSR1)
+    text, until = "", time.monotonic() + _STACKS_S
+    while time.monotonic() < until:
+        time.sleep(_POLL_S)
+        before, text = text, files[0].read_text(errors="replace")
+        if text and text == before:
+            break
+    return text
+
+
+def head_of(stacks: str) -> str:
+    """Where the thread that runs leafnet's code is, innermost call first.
+
+    >>> head_of('''Thread 0x1 (most recent call first):
+    ...   File "/a/ray/worker.py", line 9 in run
+    ...
+    ... Thread 0x2 (most recent call first):
+    ...   File "/a/tensorflow/ops.py", line 7 in wait
+    ...   File "/a/leafnet/training/loop.py", line 5 in fit''')
+    'wait (ops.py:7), fit (loop.py:5)'
+    """
+    frame = re.compile(r'File "(?:.*/)?(.+?)", line (\d+) in (.+)')
+    threads = [thread for thread in stacks.split("\n\n") if _OWN_THREAD not in thread]
+    ours = [thread for thread in threads if "/leafnet/" in thread] or threads[:1]
+    calls = [f"{name} ({file}:{line})" for file, line, name in frame.findall("".join(ours[:1]))]
+    return ", ".join(calls[:_HEAD])
 
 
 @ray.remote(num_cpus=0)

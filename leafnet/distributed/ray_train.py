@@ -216,3 +216,4 @@ def _set_up(addresses: list[str], rank: int) -> None:
         {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
     )
     heartbeat.leave_on_sigterm()
+    heartbeat.write_stacks_on_signal()

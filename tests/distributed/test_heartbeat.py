@@ -1,7 +1,48 @@
 """When a worker is taken for one that hangs; what is done then is tested in test_faults.py."""
 
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
 from leafnet.distributed import heartbeat
 from leafnet.distributed.heartbeat import Seen, Sign
+
+HUNG = """
+import sys, threading, time
+from leafnet.distributed import heartbeat
+heartbeat.write_stacks_on_signal()
+def stuck_in_a_sum():
+    print("hangs", flush=True)
+    time.sleep(100)
+threading.Thread(target=stuck_in_a_sum).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_hangs_tells_where_before_it_is_ended(stopped: bool) -> None:
+    """One that is stopped cannot, and is ended all the same."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HUNG, "ray::hung"], stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout
+        assert worker.stdout.readline() == "hangs\n"
+        if stopped:
+            os.kill(worker.pid, signal.SIGSTOP)
+        stacks = heartbeat._kill_here(worker.pid)
+        assert worker.wait(10) == -signal.SIGKILL
+    assert ("in stuck_in_a_sum" in stacks) == (not stopped)
+    assert stacks.count("(most recent call first)") == (0 if stopped else 2)
+
+
+def test_no_other_process_is_ended() -> None:
+    with subprocess.Popen(["sleep", "100"]) as other:
+        assert heartbeat._kill_here(other.pid) == ""
+        assert other.poll() is None
+        other.kill()
 
 
 def seen(rank: int, *, idle_s: float = 0.0, age_s: float = 0.5, **more: object) -> Seen:
@@ -64,3 +105,12 @@ def test_a_start_may_take_long_and_what_is_not_watched_any_time() -> None:
 def test_one_that_fell_silent_before_it_told_that_it_has_started() -> None:
     told = why(seen(0, age_s=11, started=False), seen(1, idle_s=10.5))
     assert [line[:8] for line in told] == ["worker 0"]
+
+
+def test_the_first_step_on_a_gpu_may_compile_kernels() -> None:
+    sign = Sign(0, 1, "n", "ip", "step 1", 1000.0, True, False, 0.0, 0.0, None)
+    seen = [Seen(sign, 1.0)]
+    assert [one.sign for one in heartbeat.stuck(seen, hang_timeout_s=60)] == [sign]
+    assert heartbeat.stuck(seen, hang_timeout_s=60, gpu=True) == []
+    later = [Seen(sign._replace(started=True), 1.0)]
+    assert len(heartbeat.stuck(later, hang_timeout_s=60, gpu=True)) == 1
