@@ -23,6 +23,11 @@ def raise_if_asked() -> None:
         raise _interrupt
 
 
+def was_terminated(error: KeyboardInterrupt) -> bool:
+    """True when SIGTERM led to `error`, of which Ray may have made a plain KeyboardInterrupt."""
+    return isinstance(_interrupt or error, Terminated)
+
+
 def _raise(interrupt: KeyboardInterrupt) -> NoReturn:
     global _interrupt
     _interrupt = interrupt

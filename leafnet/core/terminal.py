@@ -36,7 +36,7 @@ from rich.text import Text
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
-from leafnet.core.interrupts import Terminated, remembered_interrupts, sigterm_interrupts
+from leafnet.core.interrupts import remembered_interrupts, sigterm_interrupts, was_terminated
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -414,7 +414,7 @@ def _run(job: Callable[[Sequence[str]], None], argv: Sequence[str]) -> tuple[int
     except KeyboardInterrupt as error:
         kept = f": {_kept}" if _kept else ""
         ended, code = "interrupted", EXIT_INTERRUPTED
-        if isinstance(error, Terminated):
+        if was_terminated(error):
             ended, code = "ended by SIGTERM", EXIT_TERMINATED
         message = f"{ended}{kept}; run the same command again to continue"
         print(message, file=sys.stderr)

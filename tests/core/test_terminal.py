@@ -428,3 +428,19 @@ def test_a_checklist_on_a_terminal(tmp_path: Path) -> None:
     assert "status" in plain.splitlines()[0]
     assert "\x1b[32mok" in text
     assert "make room" in plain
+
+
+def test_an_interrupt_that_a_library_makes_of_sigterm_ends_with_its_code(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Ray's C++ raises a plain KeyboardInterrupt in place of what a handler raised."""
+
+    def job(argv: Sequence[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    assert terminal.run_job(job, []) == 143
+    assert capfd.readouterr().err.startswith("ended by SIGTERM")
