@@ -366,6 +366,7 @@ def test_a_champion_that_changed_meanwhile_is_not_compared(
         assert promote._load(root, found).model_id == model.model_id
     before = registry.previous(root)
     assert before is not None
+    assert found is not None
     earlier = found.model_copy(update={"model_id": before["model_id"]})
     with pytest.raises(UserError, match="changed meanwhile; run the same command again"):
         promote._load(root, earlier)
