@@ -86,9 +86,10 @@ def probe(
     fold = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = fold(_FOLDS, shuffle=True, random_state=seed)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    guessed = cross_val_predict(classifier, statistics, labels, cv=folds, groups=alone)
+    together = None if groups is None else alone
+    guessed = cross_val_predict(classifier, statistics, labels, cv=folds, groups=together)
     examples = len(labels)
-    low, high = share(guessed == labels, groups=None if groups is None else alone)
+    low, high = share(guessed == labels, groups=together)
     accuracy = float((guessed == labels).mean())
     majority = float(np.bincount(labels).max() / examples)
     lead = model_accuracy - majority
