@@ -23,7 +23,7 @@ def test_the_sources_are_found() -> None:
     places = set(sources())
     assert len(places) > 90
     assert {"leafnet/__init__.py", "leafnet/jobs/train.py", "leafnet/jobs/train.yaml"} < places
-    assert len([name for name in places if "/templates/" in name]) == 6
+    assert len([name for name in places if "/templates/" in name]) == 7
 
 
 def test_a_wheel_has_every_source_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,9 +388,9 @@ def delete_folder(url: str, *, mark: str) -> None:
             local.delete_folder(path, last=last)
             return
         # Each by its name: `rm` of fsspec takes them for patterns, and a bucket along with them.
-        found = [name for name in fs.find(path) if name != below]
-        deque(each(fs.rm_file, found), maxlen=0)
-        if last is not None:
+        found = fs.find(path)
+        deque(each(fs.rm_file, [name for name in found if name != below]), maxlen=0)
+        if below in found:
             fs.rm_file(below)
 
 

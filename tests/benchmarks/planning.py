@@ -113,6 +113,9 @@ def decisions(examples: int) -> list[Result]:
             "split": pa.nulls(examples, pa.string()),
             "bytes": np.full(examples, IMAGE_BYTES),
             "pixels_sha256": [f"{i:064x}" for i in range(examples)],
+            "turned_hashes": pa.FixedSizeListArray.from_arrays(
+                generator.integers(0, 2**63, 7 * examples, dtype=np.uint64), 7
+            ).cast(READ_SCHEMA.field("turned_hashes").type),
             "perceptual_hash": generator.integers(0, 2**63, examples, dtype=np.uint64),
             "reason": pa.nulls(examples, pa.string()),
             "message": pa.nulls(examples, pa.string()),

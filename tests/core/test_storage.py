@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -731,7 +732,7 @@ def test_files_of_a_folder_are_uploaded_and_no_folders(here: str, tmp_path: Path
 def test_a_copy_of_a_remote_file_is_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storage.write_bytes(f"memory://{tmp_path.name}/a.h5", b"1")
     with storage.local_copy(f"memory://{tmp_path.name}/a.h5") as path:
         assert Path(path).parent.parent == tmp_path

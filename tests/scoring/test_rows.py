@@ -119,8 +119,8 @@ def test_examples_of_a_shard(tmp_path: Path) -> None:
         "sha256": ["x"] * 5,
     }
     root = str(tmp_path)
-    shard = shards.write_shard(root, "s.parquet", pa.table(made), row_group=2)
-    url = storage.join(root, "s.parquet")
+    shard = shards.write_shard(root, "test-00000.parquet", pa.table(made), row_group=2)
+    url = storage.join(root, "test-00000.parquet")
     rows = [{"image": f"{url}#{i}", "version": shard.sha256[:16], "row": i} for i in (0, 3, 4)]
     (stack,) = decode(numbered(rows))
     for pixels, i in zip(stack.pixels, (0, 3, 4), strict=True):
@@ -445,7 +445,7 @@ def test_each_example_of_a_shard_is_found_in_its_row_group(
 def test_examples_of_two_shards_in_one_listing(tmp_path: Path) -> None:
     expected = []
     rows = []
-    for name, count in (("one", 2), ("two", 3)):
+    for name, count in (("test-00000", 2), ("test-00001", 3)):
         contents = [jpeg(seed=10 * count + i, size=(32, 32)) for i in range(count)]
         made = {
             "key": [f"{i}#x" for i in range(count)],
