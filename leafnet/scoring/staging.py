@@ -137,7 +137,9 @@ def start_staging(root: str, *, date: str, number: int, found: Staging | None) -
         date=date,
         number=number,
     )
-    staging.date, staging.number, staging.next_part = date, number, 0
+    staging.date, staging.number = date, number
+    # The numbers of a lock never fall, but its folder may have been deleted.
+    staging.next_part = 1 + max((int(name[-6:]) for name in staging.kept), default=-1)
     # Before anything is published under this date, so that the next start knows where to look.
     run = _Run(
         run_id=staging.run_id, started_at=staging.started_at, date=date, number=staging.number

@@ -120,9 +120,11 @@ def prepared(
     root = tmp_path_factory.mktemp("prepared")
     files = folders(root / "photos")
     run(root / "photos", root / "shards", row_group=5)
-    before = {path.name: path.read_bytes() for path in (root / "shards").iterdir()}
+    before = {
+        path.name: path.read_bytes() for path in (root / "shards").iterdir() if path.is_file()
+    }
     yield root / "photos", root / "shards", files
-    after = {path.name: path.read_bytes() for path in (root / "shards").iterdir()}
+    after = {path.name: path.read_bytes() for path in (root / "shards").iterdir() if path.is_file()}
     assert after == before
 
 
@@ -164,10 +166,11 @@ def test_what_lies_there_afterwards(prepared: tuple[Path, Path, dict[str, bytes]
     source, out, _ = prepared
     parts = {f"{split}-00000.parquet" for split in ("train", "valid", "test")}
     assert names(out) == parts | {
-        *("index.json", "rejected.parquet", "duplicates.parquet", "prepare.log"),
+        *("index.json", "rejected.parquet", "duplicates.parquet", "prepare.log", "_lock"),
     }
-    # Nothing is newer than the index but the log.
-    newest = max(path.stat().st_mtime_ns for path in out.iterdir() if path.name != "prepare.log")
+    # Nothing is newer than the index but the log and the lock that is given back.
+    later = {"prepare.log", "_lock"}
+    newest = max(path.stat().st_mtime_ns for path in out.iterdir() if path.name not in later)
     assert (out / "index.json").stat().st_mtime_ns == newest
     told = json.loads((out / "index.json").read_text())["prepared"]
     assert told["source"] == str(source)
