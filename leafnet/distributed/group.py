@@ -262,44 +262,12 @@ class _Group:
         except ray.exceptions.RayError:
             self._desk = Desk()
             self._desk.begin(self._attempt)
-        filesystem, path = storage.arrow_filesystem(self._storage_path)
         end = End()
         trainer: list[Trainer] = []
 
         def fit() -> None:
             try:
-                trainer.append(
-                    Trainer(
-                        work,
-                        train_loop_config={
-                            "loop": self._loop,
-                            "job": self._job,
-                            "desk": self._desk.handle,
-                            "attempt": self._attempt,
-                            "gpu": self._gpu,
-                            "folder": self._folder,
-                        },
-                        backend_config=TensorflowConfig(),
-                        scaling_config=ray.train.ScalingConfig(
-                            num_workers=self._count,
-                            use_gpu=self._gpu,
-                            resources_per_worker={"CPU": self._cpus},
-                        ),
-                        run_config=ray.train.RunConfig(
-                            name=self._name,
-                            storage_path=path,
-                            storage_filesystem=filesystem,
-                            failure_config=FailureConfig(
-                                max_failures=0,
-                                controller_failure_limit=0,
-                                max_preemption_failures=0,
-                            ),
-                            checkpoint_config=ray.train.CheckpointConfig(
-                                num_to_keep=self._policy.keep
-                            ),
-                        ),
-                    )
-                )
+                trainer.append(self._trainer())
                 trainer[0].fit()
             except BaseException as error:
                 end.error = error
@@ -337,6 +305,36 @@ class _Group:
         if fatal is not None:
             raise fatal
         return end
+
+    def _trainer(self) -> Trainer:
+        """Ray Train for this attempt. It restarts nothing by itself: `run` does."""
+        filesystem, path = storage.arrow_filesystem(self._storage_path)
+        return Trainer(
+            work,
+            train_loop_config={
+                "loop": self._loop,
+                "job": self._job,
+                "desk": self._desk.handle,
+                "attempt": self._attempt,
+                "gpu": self._gpu,
+                "folder": self._folder,
+            },
+            backend_config=TensorflowConfig(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self._count,
+                use_gpu=self._gpu,
+                resources_per_worker={"CPU": self._cpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name=self._name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=self._policy.keep),
+            ),
+        )
 
     def _follow(self, over: threading.Event, end: End, abort: Callable[[], None]) -> None:
         """Hear the workers, and end what does not end by itself, until Ray Train is done."""
@@ -435,19 +433,6 @@ class _Group:
             return
         self._ask(end, "the job was told to end")
         over.wait(_LEAVE_S)
-
-
-def each_once(on_epoch: Callable[[dict[str, float]], None]) -> Callable[[dict[str, float]], None]:
-    """`on_epoch` for rows of a history of which some come twice, after a restart."""
-    told = 0.0
-
-    def on_row(row: dict[str, float]) -> None:
-        nonlocal told
-        if row["epoch"] > told:
-            told = row["epoch"]
-            on_epoch(row)
-
-    return on_row
 
 
 def _room(cpus: float, gpu: bool) -> int:

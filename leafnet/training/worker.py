@@ -64,7 +64,7 @@ def run(
         RuntimeError: the workers failed too often.
     """
     results: list[Any] = []
-    on_row = group.each_once(on_epoch)
+    on_row = each_once(on_epoch)
 
     def receive(event: tuple[str, Any]) -> None:
         kind, value = event
@@ -110,3 +110,16 @@ def resumed(folder_url: str, load: Callable[[str], State]) -> State | None:
     """The state to go on from, that `load` reads; None: there is none."""
     url = worker.newest_checkpoint(folder_url)
     return None if url is None else load(url)
+
+
+def each_once(on_epoch: Callable[[dict[str, float]], None]) -> Callable[[dict[str, float]], None]:
+    """`on_epoch` for rows of a history of which some come twice, after a restart."""
+    told = 0.0
+
+    def on_row(row: dict[str, float]) -> None:
+        nonlocal told
+        if row["epoch"] > told:
+            told = row["epoch"]
+            on_epoch(row)
+
+    return on_row

@@ -24,8 +24,9 @@ from leafnet.distributed.failures import (
     read_restarts,
     reason_of,
 )
-from leafnet.distributed.group import RestartPolicy, _Group, each_once
+from leafnet.distributed.group import RestartPolicy, _Group
 from leafnet.distributed.heartbeat import Seen, Sign, Stuck
+from leafnet.training.worker import each_once
 
 
 def sign(rank: int, *, started: bool = True) -> Sign:
