@@ -139,7 +139,8 @@ def start_staging(root: str, *, date: str, number: int, found: Staging | None) -
     )
     staging.date, staging.number = date, number
     # The numbers of a lock never fall, but its folder may have been deleted.
-    staging.next_part = 1 + max((int(name[-6:]) for name in staging.kept), default=-1)
+    own = [name for name in staging.kept if name.startswith(f"part-{number:08d}-")]
+    staging.next_part = 1 + max((int(name[-6:]) for name in own), default=-1)
     # Before anything is published under this date, so that the next start knows where to look.
     run = _Run(
         run_id=staging.run_id, started_at=staging.started_at, date=date, number=staging.number

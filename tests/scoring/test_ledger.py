@@ -596,3 +596,14 @@ def test_a_staging_that_is_damaged_is_refused_by_name(out: str, data: bytes) -> 
     with pytest.raises(UserError, match=f"delete {root}, and they are scored again") as told:
         find_staging(root)
     assert told.value.reason == "bad-staging"
+
+
+def test_a_start_whose_lock_begins_anew_writes_over_no_part(tmp_path: Path) -> None:
+    """The folder of the lock was deleted, and so its number is that of an earlier start."""
+    root = staging_root(str(tmp_path), model_id="m", images="in")
+    first = start_staging(root, date="2026-11-24", number=1, found=None)
+    for value in (1, 2):
+        first.add(pa.table({"image": [value]}))
+    again = start_staging(root, date="2026-11-24", number=1, found=find_staging(root))
+    again.add(pa.table({"image": [3]}))
+    assert [again.read(name)["image"][0].as_py() for name in again.kept] == [1, 2, 3]
