@@ -6,6 +6,7 @@ values are refused by name before any machine is taken.
 
 import argparse
 import datetime
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -412,3 +413,17 @@ def _read_yaml(url: str) -> dict[str, Any]:
             "bad-yaml", f"{url} must have lines `setting: value`, found {type(document)}"
         )
     return document
+
+
+def compile_pattern(text: str, *, flag: str) -> re.Pattern[str]:
+    """Compile the regular expression that was given with `flag`.
+
+    Raises:
+        UserError: `text` is not a regular expression.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(
+            "bad-regex", f"{flag} {text!r} is not a regular expression: {error}"
+        ) from None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from leafnet.core import storage, terminal
 from leafnet.core.errors import UserError
+from leafnet.core.settings import compile_pattern
 from leafnet.core.terminal import say
 from leafnet.data import shards
 from leafnet.data.groups import groups_of
@@ -36,7 +37,7 @@ from leafnet.evaluation.document import (
     write,
 )
 from leafnet.evaluation.predict import Evaluated, Predictions
-from leafnet.evaluation.settings import EvaluateSettings, compile_pattern
+from leafnet.evaluation.settings import EvaluateSettings
 from leafnet.evaluation.tables import say_background, say_evaluation
 from leafnet.metrics import background, intervals
 from leafnet.metrics import scores as metrics_scores

@@ -5,7 +5,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from leafnet.core.errors import UserError
 from leafnet.core.settings import (
     AnyPrecision,
     BatchSize,
@@ -137,17 +136,3 @@ class PromoteSettings(Settings):
         if self.rollback and self.candidate is not None:
             raise ValueError("--rollback takes no --candidate; give one of the two")
         return self
-
-
-def compile_pattern(text: str, *, flag: str) -> re.Pattern[str]:
-    """Compile the regular expression that was given with `flag`.
-
-    Raises:
-        UserError: `text` is not a regular expression.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UserError(
-            "bad-regex", f"{flag} {text!r} is not a regular expression: {error}"
-        ) from None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from leafnet.core import storage
 from leafnet.core.errors import UserError
+from leafnet.core.settings import compile_pattern
 from leafnet.metrics import prevalence
 from leafnet.metrics.estimate import Estimate
 from leafnet.metrics.prevalence import Bias
@@ -55,12 +56,7 @@ def naming(setting: str, *, flag: str) -> Naming:
     if setting.endswith((".geojson", ".json")):
         polygons = _polygons(setting)
         return lambda rows: _in_polygons(rows, polygons)
-    try:
-        pattern = re.compile(setting)
-    except re.error as error:
-        raise UserError(
-            "bad-regex", f"{flag} {setting!r} is not a regular expression: {error}"
-        ) from None
+    pattern = compile_pattern(setting, flag=flag)
     if pattern.groups > 1:
         raise UserError(
             "bad-regex", f"{flag} {setting!r} has {pattern.groups} groups; make all but one (?:…)"

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from leafnet.core.errors import UserError
-from leafnet.core.settings import validate
-from leafnet.evaluation.settings import PromoteSettings, compile_pattern
+from leafnet.core.settings import compile_pattern, validate
+from leafnet.evaluation.settings import PromoteSettings
 
 WHOLE: dict[str, Any] = {"registry": "models", "candidate": "runs/a/model", "shards": "shards"}
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from leafnet.core.errors import UserError
-from leafnet.evaluation.settings import compile_pattern
+from leafnet.core.settings import compile_pattern
 from leafnet.metrics import slices
 
 KEYS = ["test/rust/farm_a-2024.jpg", "test/rust/farm_b-2025.jpg", "test/healthy/old.jpg"]
