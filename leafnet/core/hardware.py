@@ -151,15 +151,14 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def local_precision(gpu: bool) -> tuple[str, str]:
-    capability = None
-    if gpu:
-        # Not TensorFlow: it would take the GPU's memory to answer.
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        major, minor = min(line.strip() for line in text.splitlines()).split(".")
-        capability = (int(major), int(minor))
-    return choose_precision("auto", compute_capability=capability)
+def gpu_precision() -> tuple[str, str]:
+    """(precision, why) of the GPUs of this machine: what all of them have."""
+    # Not TensorFlow: it would take the GPU's memory to answer.
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    found = [tuple(map(int, line.strip().split("."))) for line in text.splitlines()]
+    major, minor = min(found)
+    return choose_precision("auto", compute_capability=(major, minor))
 
 
 def limit_threads(threads: int, *, gpu: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import ray
 import ray.util.scheduling_strategies
 
+from leafnet.core.hardware import gpu_precision
 from leafnet.distributed import session
 
 # An engine and its precision, as `models.measure.Way`.
@@ -41,7 +42,8 @@ def choose(
     if len(ways) == 1:
         return *ways[0], "as set"
     if gpu:
-        return "tensorflow", *session.choose_precision("auto", gpu=True)
+        # "float32" sorts last: one node without bfloat16 decides for all.
+        return "tensorflow", *max(session.on_every_node(gpu_precision, gpu=True).values())
     rates = _rates([" ".join(way) for way in ways], kept, measure, weights, cpus)
     ahead = {way: rates[" ".join(way)] / (margin if way != ways[0] else 1.0) for way in ways}
     best = max(ways, key=lambda way: ahead[way])

@@ -20,7 +20,6 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from leafnet.core.errors import UserError
-from leafnet.core.hardware import local_precision
 from leafnet.core.interrupts import sigterm_interrupts
 from leafnet.core.settings import RaySettings, worker_range
 from leafnet.core.terminal import say
@@ -353,11 +352,3 @@ def on_node(
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)  # Ray takes functions alone for tasks, and not what is like one
-
-
-def choose_precision(wanted: str, *, gpu: bool) -> tuple[str, str]:
-    """(precision, why), for `wanted` one of auto, float32, bfloat16: the best all nodes have."""
-    if wanted != "auto":
-        return wanted, "as set"
-    found: set[tuple[str, str]] = set(on_every_node(local_precision, gpu, gpu=gpu).values())
-    return max(found)  # "float32" sorts last: one node without bfloat16 decides for all

@@ -1,10 +1,12 @@
 """The way with the most images a second over all nodes is taken."""
 
+import subprocess
 from typing import Any
 
 import pytest
 import ray
 
+from leafnet.core import hardware
 from leafnet.distributed import fastest, session
 
 WAYS = [("a", "float32"), ("a", "bfloat16"), ("b", "float32")]
@@ -80,3 +82,26 @@ def test_another_than_the_first_has_to_be_ahead_by_the_margin(
 def test_one_way_is_taken_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = chosen(monkeypatch, {}, ways=WAYS[2:])
     assert found == ("b", "float32", "as set")
+
+
+def test_on_gpus_one_node_without_bfloat16_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the GPUs of a node the oldest: 7.5 is before 10.0."""
+    nodes = {"n1": ("bfloat16", "new"), "n2": ("float32", "old"), "n3": ("bfloat16", "new")}
+
+    def on_every_node(function: Any, *, gpu: bool) -> dict[str, tuple[str, str]]:
+        assert (function, gpu) == (hardware.gpu_precision, True)
+        return nodes
+
+    monkeypatch.setattr(session, "on_every_node", on_every_node)
+    found = fastest.choose(
+        WAYS[:2],
+        gpu=True,
+        kept=lambda: ("", {}),
+        measure=lambda: {},
+        weights=(),
+        cpus=1.0,
+    )
+    assert found == ("tensorflow", "float32", "old")
+    done = subprocess.CompletedProcess([], 0, stdout="10.0\n7.5\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert hardware.gpu_precision()[0] == "float32"
