@@ -27,7 +27,7 @@ def choose(
 ) -> tuple[str, str, str]:
     """(engine, precision, why): the one of `ways` with the most images/s over all nodes.
 
-    One node of each kind measures what none has measured before, some ten seconds; afterwards a
+    One node of each kind measures what none has measured before, half a minute; afterwards a
     choice costs nothing. On GPUs bfloat16 is taken where they have it.
 
     Args:
